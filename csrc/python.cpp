@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <map>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "../build/facts.h"  // written by setup.py
 #include "common/few_tokens.h"
 #include "cpu/isa.h"
+#include "cuda/mma/tile_sizes.h"
 #include "cuda/plan.h"
 #include "refusals.h"
 
@@ -56,20 +56,80 @@ std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
 
 // --- plans ---
 
-struct Launch {
-  std::string kernel, result, detail;
-  int variant, threads;
-  std::pair<int64_t, int64_t> grid;
-  uint32_t shared_bytes;
+template <class... Parts>
+std::string text(const char* format, const Parts&... parts) {
+  return py::str(format).format(parts...);
+}
 
-  int64_t blocks() const { return grid.first * grid.second; }
+std::string describe(const cuda::PassSplit& split) {
+  return text("{} chunks of {} tokens x {} ranges of {} features", split.chunks, split.tokens_per_chunk, split.ranges,
+              split.features_per_range);
+}
+
+// The blocks of a launch: "64 chunks of 128 tokens x 2 ranges of 2048 features".
+std::string describe(const cuda::Plan& plan, const cuda::PlannedLaunch& launch) {
+  using cuda::Kernel, cuda::Result;
+  const cuda::GradYPass& grad_y = plan.grad_y[launch.sibling];
+  switch (launch.kernel) {
+    case Kernel::kShrink: return describe(launch.result == Result::kXa ? plan.xa : grad_y.ranks);
+    case Kernel::kTokenSum: return describe(launch.result == Result::kGradLoraA ? plan.grad_A : grad_y.features);
+    case Kernel::kShrinkAndSum: {
+      std::string parts;
+      for (const cuda::GradYPass& pass : plan.grad_y) {
+        if (pass.fused) parts += (parts.empty() ? "" : "; ") + describe(pass.ranks);
+      }
+      return parts;
+    }
+    case Kernel::kFewTokens: return text("the base layers, too: {} rows of a weight in a block", 16 * plan.row_tiles);
+    case Kernel::kExpandShort: {
+      const cuda::ExpandSplit& split = launch.result == Result::kY ? plan.y : plan.grad_x;
+      return text("{} rows x up to {} columns{}", split.row_warps * cuda::mma::kPieceRows,
+                  *std::max_element(split.tile_cols.begin(), split.tile_cols.end()),
+                  split.adds_partials ? ", adds partial sums" : "");
+    }
+    case Kernel::kExpandLong: return text("{} rows x up to {} columns", cuda::mma::kLongRows, cuda::mma::kLongCols);
+    case Kernel::kFewRowsShrink:
+    case Kernel::kGroupedShrink: return text("{} ranges of {} features", plan.xa.ranges, plan.xa.features_per_range);
+    default: return "";
+  }
+}
+
+struct Launch : cuda::PlannedLaunch {
+  std::string detail;
+
+  const char* kernel_name() const { return cuda::kKernelNames[static_cast<int>(kernel)]; }
+  const char* result_name() const { return cuda::kResultNames[static_cast<int>(result)]; }
+  std::pair<int64_t, int64_t> grid() const { return {grid_x, grid_y}; }
+  int64_t blocks() const { return grid_x * grid_y; }
+  std::string line() const {
+    const std::string name = variant > 0 ? text("{}<{}>", kernel_name(), variant) : kernel_name();
+    const std::string size = grid_y == 1 ? text("{}", grid_x) : text("{} x {}", grid_x, grid_y);
+    return text("\n  {:<19} {:<11} {:>11} blocks of {} threads", name, result_name(), size, threads) +
+           (shared_bytes > 0 ? text(", {:6} bytes shared", shared_bytes) : "") + (detail.empty() ? "" : "; " + detail);
+  }
 };
 
 struct Plan {
-  std::vector<Launch> launches;
+  std::string title;
+  int sms;
   int64_t scratch_bytes;
   bool streams_weights;
-  std::string text;
+  std::vector<Launch> launches;
+
+  // call: what a plan is made of.
+  template <class Call>
+  Plan(std::string plan_title, const Call& call, int plan_sms) : title(std::move(plan_title)), sms(plan_sms) {
+    const cuda::Plan plan = cuda::make_plan(call, {sms});
+    scratch_bytes = plan.scratch.bytes;
+    streams_weights = plan.streams_weights;
+    for (const cuda::PlannedLaunch& launch : plan.launches) launches.push_back({launch, describe(plan, launch)});
+  }
+  std::string lines() const {
+    std::string lines =
+        text("{}\n{} launches on {} SMs, {} bytes of scratch memory", title, launches.size(), sms, scratch_bytes);
+    for (const Launch& launch : launches) lines += launch.line();
+    return lines;
+  }
 };
 
 DType dtype_named(const std::string& name) {
@@ -77,32 +137,6 @@ DType dtype_named(const std::string& name) {
     if (name == facts.name) return facts.dtype;
   }
   throw py::value_error("plan: there is no dtype " + name + ", want one of " LORA_EXT_DTYPE_NAMES);
-}
-
-template <class PlanType>
-std::vector<Launch> list_launches(const PlanType& plan, std::span<const cuda::PlannedLaunch> launches) {
-  std::vector<Launch> list;
-  for (const cuda::PlannedLaunch& launch : launches) {
-    list.push_back({cuda::name_of(launch.kernel),
-                    cuda::name_of(launch.result),
-                    cuda::describe(plan, launch),
-                    launch.variant,
-                    launch.threads,
-                    {launch.grid_x, launch.grid_y},
-                    launch.shared_bytes});
-  }
-  return list;
-}
-
-Plan finished_plan(const cuda::LoraCall& call, const cuda::Gpu& gpu) {
-  const cuda::Plan plan = cuda::make_plan(call, gpu);
-  return {list_launches(plan, plan.launches()), plan.scratch.bytes, plan.streams_weights,
-          cuda::to_string(call, plan, gpu)};
-}
-
-Plan finished_plan(const cuda::GroupedCall& call, const cuda::Gpu& gpu) {
-  const cuda::GroupedPlan plan = cuda::make_plan(call, gpu);
-  return {list_launches(plan, plan.launches), plan.scratch_bytes, false, cuda::to_string(call, plan, gpu)};
 }
 
 // Siblings: (out_features, rank) of every layer that reads x.
@@ -142,6 +176,15 @@ void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const 
   if (sms < 1) throw py::value_error("plan: a GPU has at least one SM");
 }
 
+std::string title_of(const char* what, int64_t num_tokens, int64_t in_features, const Layers& layers,
+                     const std::string& dtype, const std::string& factor_dtype) {
+  std::string sizes;
+  for (const auto& [out_features, rank] : layers) {
+    sizes += text("{}{} (rank {})", sizes.empty() ? "" : ", ", out_features, rank);
+  }
+  return text("{} of {} tokens, {} -> {}, {}, factors {}", what, num_tokens, in_features, sizes, dtype, factor_dtype);
+}
+
 Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
                   const std::string& factor_dtype, bool dropout, bool base_layers, int sms) {
   check(num_tokens, in_features, layers, dtype, sms);
@@ -152,7 +195,9 @@ Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers,
   p.shrink.threshold = dropout ? 1 : 0;
   BaseWeights weights;
   std::fill(std::begin(weights.strides), std::end(weights.strides), in_features);
-  return finished_plan({p, base_layers ? &weights : nullptr}, {sms});
+  std::fill(std::begin(weights.column_strides), std::end(weights.column_strides), 1);
+  return {title_of("forward", num_tokens, in_features, layers, dtype, factor_dtype),
+          cuda::LoraCall(p, base_layers ? &weights : nullptr), sms};
 }
 
 Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
@@ -167,7 +212,7 @@ Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers
   p.shrink.wants_grad_lora_A = output_mask[1];
   p.expand.wants_grad_lora_B = output_mask[2];
   p.expand.wants_grad_xa = output_mask[0] || output_mask[1];
-  return finished_plan(p, {sms});
+  return {title_of("backward", num_tokens, in_features, layers, dtype, factor_dtype), cuda::LoraCall(p), sms};
 }
 
 // Rows that choose among the groups of one stack of factors.
@@ -184,7 +229,7 @@ Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features,
                                .ranks = nullptr,
                                .rescale = 1.0,
                                .has_ranks = false};
-  cuda::GroupedEntry stack{};
+  GroupedEntry stack{};
   stack.rank = rank;
   stack.wants_grad_A = stack.wants_grad_B = backward;
   const auto finish = [&](auto p) {
@@ -193,7 +238,10 @@ Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features,
     p.max_rank = rank;
     p.dtype = dtype_named(dtype);
     p.factor_dtype = dtype_named(factor_dtype);
-    return finished_plan(cuda::GroupedCall(p, rows, {&stack, 1}), {sms});
+    const std::string title = text("grouped {} of {} rows, {} -> {} (rank up to {}), {} groups, {}, factors {}",
+                                   backward ? "backward" : "forward", num_tokens, in_features, out_features, rank,
+                                   groups, dtype, factor_dtype);
+    return Plan(title, cuda::GroupedCall(p, rows, {&stack, 1}), sms);
   };
   LoraGroupedForwardParams forward_params{};
   forward_params.threshold = dropout ? 1 : 0;
@@ -222,23 +270,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("refusals", &all_refusals, "name -> (exception, text), of csrc/refusals.h; {} stands for a part.");
 
   py::class_<Launch>(m, "Launch", "One launch of a plan.")
-      .def_readonly("kernel", &Launch::kernel, "The kernel's name.")
+      .def_property_readonly("kernel", &Launch::kernel_name, "The kernel's name.")
       .def_readonly("variant", &Launch::variant, "Its size: ranks of a block, or tiles; 0: it has one.")
-      .def_readonly("result", &Launch::result, "The result that it computes: xa, y, grad_xa, ...")
-      .def_readonly("grid", &Launch::grid, "Blocks along x and y.")
+      .def_property_readonly("result", &Launch::result_name, "The result that it computes: xa, y, grad_xa, ...")
+      .def_property_readonly("grid", &Launch::grid, "Blocks along x and y.")
       .def_property_readonly("blocks", &Launch::blocks, "All blocks.")
       .def_readonly("threads", &Launch::threads, "Threads of a block.")
       .def_readonly("shared_bytes", &Launch::shared_bytes, "Dynamic shared memory of a block.")
       .def_readonly("detail", &Launch::detail, "How the launch is divided into blocks.")
       .def("__repr__", [](const Launch& launch) {
-        return "<" + launch.kernel + ": " + launch.result + ", " + std::to_string(launch.blocks()) + " blocks of " +
-               std::to_string(launch.threads) + " threads>";
+        return text("<{}: {}, {} blocks of {} threads>", launch.kernel_name(), launch.result_name(), launch.blocks(),
+                    launch.threads);
       });
   py::class_<Plan>(m, "Plan", "The launches of a call on CUDA (csrc/cuda/plan.h).")
       .def_readonly("launches", &Plan::launches, "In order.")
       .def_readonly("scratch_bytes", &Plan::scratch_bytes, "Scratch memory of the call.")
       .def_readonly("streams_weights", &Plan::streams_weights, "The launches compute the base layers, too.")
-      .def("__repr__", [](const Plan& plan) { return plan.text; });
+      .def("__repr__", &Plan::lines);
 
   const int h100 = cuda::Gpu{}.sms;
   m.def("plan_forward", &plan_forward, "num_tokens"_a, "in_features"_a, "layers"_a, py::kw_only(),

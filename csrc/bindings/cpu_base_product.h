@@ -14,29 +14,16 @@ namespace lora_ext::cpu {
 
 static_assert(kMaxSiblings <= kMostTerms, "a backward is one product, with a term for each sibling");
 
-// The weights of a call's base layers: [out_features, in_features] each.
-struct FrozenWeights {
-  const Tensor* of[kMaxSiblings] = {};
-};
-
-// Layers: with base layers, of a forward or a backward.
-template <class Layers>
-FrozenWeights weights_of(const Layers& layers) {
-  FrozenWeights weights;
-  for (size_t i = 0; i < layers.size(); ++i) weights.of[i] = layers[i].weight;
-  return weights;
-}
-
 // --- few tokens ---
 
-inline bool has_few_tokens(const Kernels& kernels, const LoraForwardParams& p, const FrozenWeights& weights) {
+inline bool has_few_tokens(const Kernels& kernels, const LoraForwardParams& p, const BaseWeights& weights) {
   const LoraShrinkParams& shrink = p.shrink;
   return shrink.threshold == 0 && shrink.in_features > 0 && shrink.num_tokens <= kernels.few_tokens(shrink.dtype) &&
-         std::all_of(weights.of, weights.of + p.expand.num_siblings,
-                     [](const Tensor* weight) { return weight->stride(1) == 1; });
+         std::all_of(weights.column_strides, weights.column_strides + p.expand.num_siblings,
+                     [](int64_t stride) { return stride == 1; });
 }
 
-inline void multiply_few_tokens(const Kernels& kernels, const LoraForwardParams& params, const FrozenWeights& weights) {
+inline void multiply_few_tokens(const Kernels& kernels, const LoraForwardParams& params, const BaseWeights& weights) {
   const LoraShrinkParams& p = params.shrink;
   const DType acc = accumulation_dtype(p.dtype);
   int64_t most_ranks = 0;
@@ -64,11 +51,11 @@ inline void multiply_few_tokens(const Kernels& kernels, const LoraForwardParams&
   for (int i = 0; i < params.expand.num_siblings; ++i) {
     const LoraExpandSibling& s = params.expand.siblings[i];
     expand.rank = s.rank;
-    expand.weight = weights.of[i]->const_data_ptr();
+    expand.weight = weights.data[i];
     expand.factor = s.lora_B;
     expand.bias = s.bias;
     expand.out = s.y;
-    expand.weight_stride = weights.of[i]->stride(0);
+    expand.weight_stride = weights.strides[i];
     expand.out_stride = s.out_features;
     if (s.rank > 0) {
       char* xa = static_cast<char*>(p.xa) + s.rank_begin * dtype_size(acc);
@@ -95,21 +82,24 @@ inline bool has_zero_adapter(const LoraExpandParams& p) {
   return std::any_of(p.siblings, p.siblings + p.num_siblings, is_zero);
 }
 
-// Params: of an expand or its backward.
+// Params: of a forward or a backward.
 template <class Params>
-bool has_own_product(const Kernels& kernels, const Params& p, const FrozenWeights& weights) {
+bool has_own_product(const Kernels& kernels, const Params& p, const BaseWeights& weights) {
   constexpr int64_t kFewestTokens = kMostFewTokens + 1;  // below, packing the weight takes too long
   bool is_own;
   if (!select_base_product(&is_own)) {
     fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
   }
-  return is_own && p.num_tokens >= kFewestTokens && kernels.gemm_tile(p.dtype).rows > 0 &&
-         std::all_of(weights.of, weights.of + p.num_siblings, [](const Tensor* weight) {
-           return weight->numel() > 0 && (weight->stride(0) == 1 || weight->stride(1) == 1);
-         });
+  const auto& expand = p.expand;
+  bool fits = is_own && expand.num_tokens >= kFewestTokens && p.shrink.in_features > 0 &&
+              kernels.gemm_tile(expand.dtype).rows > 0;
+  for (int i = 0; i < expand.num_siblings; ++i) {
+    fits = fits && expand.siblings[i].out_features > 0 && (weights.strides[i] == 1 || weights.column_strides[i] == 1);
+  }
+  return fits;
 }
 
-inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p, const FrozenWeights& weights) {
+inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p, const BaseWeights& weights) {
   const LoraShrinkParams& shrink = p.shrink;
   const LoraExpandParams& expand = p.expand;
   GemmRun run(kernels, shrink.dtype, shrink.num_tokens);
@@ -129,7 +119,6 @@ inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p,
   run.for_parts(scratch, pack, [&](int64_t row, int64_t count) {
     for (int i = 0; i < expand.num_siblings; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
-      const Tensor& weight = *weights.of[i];
       ManyTokensGemm gemm{.num_rows = count,
                           .columns = s.out_features,
                           .rank = s.rank,
@@ -138,14 +127,14 @@ inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p,
                           .factor_t = workspace.lora_B_t[i],
                           .bias = s.bias,
                           .out = static_cast<char*>(s.y) + row * s.out_features * dtype_size(expand.dtype)};
-      run.add_weight(gemm, 0, weight.const_data_ptr(), weight.stride(0), weight.stride(1));
+      run.add_weight(gemm, 0, weights.data[i], weights.strides[i], weights.column_strides[i]);
       run.multiply(gemm);
     }
   });
 }
 
 // With grad_x, which is the sum over the siblings.
-inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, const FrozenWeights& weights) {
+inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, const BaseWeights& weights) {
   p.shrink.wants_grad_x = false;  // of the adapter alone
   GemmRun run(kernels, p.expand.dtype, p.expand.num_tokens);
   for (int i = 0; i < p.expand.num_siblings; ++i) {
@@ -176,7 +165,7 @@ inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, cons
         .mask_stride = mask_stride,
         .out = static_cast<char*>(p.shrink.grad_x) + row * p.shrink.in_features * dtype_size(p.shrink.dtype)};
     for (int i = 0; i < p.expand.num_siblings; ++i) {
-      run.add_weight(gemm, i, weights.of[i]->const_data_ptr(), weights.of[i]->stride(1), weights.of[i]->stride(0));
+      run.add_weight(gemm, i, weights.data[i], weights.column_strides[i], weights.strides[i]);
     }
     run.multiply(gemm);
   });

@@ -1,9 +1,10 @@
-// lora_grouped_ and its backward on the CPU: sorts the rows by their groups, and runs the kernels on each group's rows.
-// csrc/schemas.h has the schemas.
+// lora_grouped_, its backward and lora_grouped_linear on the CPU: sorts the rows by their groups, and runs the kernels
+// on each group's rows. csrc/schemas.h has the schemas.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu_base_product.h"
 #include "cpu_grouped_rows.h"
 #include "op.h"
 
@@ -20,33 +21,23 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
   return {std::move(call.xa), std::move(call.mask)};
 }
 
-// Gives the chosen groups their part of the gradients, and sets the rest of them to zero.
-void assign_gradients(GroupedBackwardCall& call, SortedRows& sorted) {
+// Zeroes the gradients of entries with a slot that no chosen group writes as a whole.
+void zero_unwritten(GroupedBackwardCall& call, const SortedRows& sorted) {
   const Groups& groups = call.groups;
-  const int64_t size = dtype_size(groups.factor_dtype);
-  std::vector<int64_t> written(groups.entries.size());  // number of slots that are written as a whole
+  std::vector<int64_t> written(groups.entries.size());
   for (size_t i = 0; i < sorted.groups.size(); ++i) {
-    LoraGroup& group = sorted.groups[i];
-    const size_t entry_index = groups.entry_of(sorted.numbers[i]);
-    const GroupEntry& entry = groups.entries[entry_index];
-    const int64_t slot = sorted.numbers[i] - entry.first_group;
-    written[entry_index] += group.rank == entry.rank;
-    const auto gradient = [&](const std::vector<int>& index, std::vector<Tensor>& gradients, int64_t features) {
-      const int place = index[entry_index];
-      if (place < 0) return static_cast<char*>(nullptr);
-      return static_cast<char*>(gradients[static_cast<size_t>(place)].mutable_data_ptr()) +
-             slot * entry.rank * features * size;
-    };
-    group.wants_grad_A = call.A_index[entry_index] >= 0;
-    group.wants_grad_B = call.B_index[entry_index] >= 0;
-    group.grad_lora_A = gradient(call.A_index, call.grad_lora_As, groups.in_features);
-    group.grad_lora_B = gradient(call.B_index, call.grad_lora_Bs, groups.out_features);
-    group.grad_B_stride = entry.rank;
+    const size_t entry = groups.entry_of(sorted.numbers[i]);
+    written[entry] += sorted.groups[i].rank == groups.entries[entry].rank;
   }
+  auto grad_A = call.grad_lora_As.begin(), grad_B = call.grad_lora_Bs.begin();
   for (size_t i = 0; i < groups.entries.size(); ++i) {
-    if (written[i] == groups.entries[i].slots) continue;
-    if (call.A_index[i] >= 0) torch::stable::zero_(call.grad_lora_As[static_cast<size_t>(call.A_index[i])]);
-    if (call.B_index[i] >= 0) torch::stable::zero_(call.grad_lora_Bs[static_cast<size_t>(call.B_index[i])]);
+    const bool is_written = written[i] == groups.slots_of(i);
+    const auto zero = [&](bool is_wanted, auto& gradient) {
+      if (is_wanted && !is_written) torch::stable::zero_(*gradient);
+      if (is_wanted) ++gradient;
+    };
+    zero(groups.entries[i].wants_grad_A, grad_A);
+    zero(groups.entries[i].wants_grad_B, grad_B);
   }
 }
 
@@ -59,9 +50,9 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
   if (!call.has_nothing_to_write()) {
     const LoraGroupedBackwardParams& p = call.params;
     const DType acc = accumulation_dtype(p.dtype);
-    SortedRows sorted = sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens,
-                                  dropout_rescale(dropout_threshold(dropout_p)));
-    assign_gradients(call, sorted);
+    const SortedRows sorted = sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens,
+                                        dropout_rescale(dropout_threshold(dropout_p)));
+    zero_unwritten(call, sorted);
     const GroupSums sums{.A = call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
                          .B = call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features)};
     GroupedRun run(sorted, acc, sums);
@@ -100,10 +91,57 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
   return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
 }
 
+// The library multiplies few tokens by weights of fewer elements, which the cache holds: the kernel that reads a weight
+// once is faster for up to 8 tokens only, and rows have the bits of a call with gradients.
+constexpr int64_t kLeastElements = 1 << 20;
+
+// y = x @ weight^T + bias
+void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, const GroupedForwardCall& grouped) {
+  const Kernels& kernels = checked_kernels();
+  const Tensor& x = grouped.x;
+  const DType dtype = dtype_of(x);
+  const int64_t tokens = grouped.num_tokens, out_features = weight.size(0);
+  if (tokens == 0) return;
+  const Tensor y_rows = as_rows(y, tokens, out_features);
+  const auto use_library = [&] { library_product(y_rows, bias, x, transposed(weight)); };
+  if (tokens <= kMostFewTokens && weight.numel() < kLeastElements) return use_library();
+  LoraForwardParams p{};  // without adapters
+  p.shrink.num_tokens = p.expand.num_tokens = tokens;
+  p.shrink.dtype = p.shrink.factor_dtype = p.expand.dtype = p.expand.factor_dtype = dtype;
+  p.shrink.in_features = weight.size(1);
+  p.shrink.x = x.const_data_ptr();
+  p.shrink.x_stride = x.stride(0);
+  p.expand.num_siblings = 1;
+  p.expand.siblings[0] = {.out_features = out_features,
+                          .rank = 0,
+                          .lora_B = nullptr,
+                          .bias = bias == nullptr ? nullptr : bias->const_data_ptr(),
+                          .base = nullptr,
+                          .y = y.mutable_data_ptr()};
+  const BaseWeights weights{{weight.const_data_ptr()}, {weight.stride(0)}, {weight.stride(1)}};
+  if (has_few_tokens(kernels, p, weights)) return multiply_few_tokens(kernels, p, weights);
+  if (has_own_product(kernels, p, weights)) return multiply_forward(kernels, p, weights);
+  use_library();
+}
+
+Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
+                           const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
+  Tensor y = empty(sizes_with_last(x, weight.size(0)), dtype_of(x), x);
+  const GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
+  const SortedRows sorted = sort_rows(call, group_of_row, scalings, ranks);
+  std::optional<Tensor> bias_in_order;
+  if (bias) bias_in_order = as_contiguous(*bias);
+  multiply_base(y, weight, pointer_to(bias_in_order), call);
+  add_updates(call, sorted);
+  return y;
+}
+
 }  // namespace
 }  // namespace lora_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   lora_ext::register_op<lora_ext::schemas::kLoraGrouped, &lora_ext::cpu::lora_grouped_>(m);
   lora_ext::register_op<lora_ext::schemas::kLoraGroupedBackward, &lora_ext::cpu::lora_grouped_backward>(m);
+  lora_ext::register_op<lora_ext::schemas::kLoraGroupedLinear, &lora_ext::cpu::lora_grouped_linear>(m);
 }

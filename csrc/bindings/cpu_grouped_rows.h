@@ -32,21 +32,27 @@ inline std::string index_text(const Tensor& tensor, int64_t at) {
   return index.empty() ? "" : sizes_text(index);
 }
 
-inline LoraGroup group_of(const Groups& groups, int64_t number, int64_t rank, double scale) {
-  const size_t i = groups.entry_of(number);
-  const GroupEntry& entry = groups.entries[i];
-  const int64_t size = dtype_size(groups.factor_dtype);
-  const auto slot = [&](const Tensor& factor) {
-    const int64_t offset = factor.dim() == 3 ? (number - entry.first_group) * factor.stride(0) : 0;
-    return static_cast<const char*>(factor.const_data_ptr()) + offset * size;
+// The group of a slot of entry `index`.
+inline LoraGroup group_of(const Groups& groups, size_t index, int64_t slot, int64_t rank, double scale) {
+  const GroupedEntry& entry = groups.entries[index];
+  const int64_t bytes = dtype_size(groups.factor_dtype);
+  const auto factor = [&](const void* stack, int64_t stride) {
+    return static_cast<const char*>(stack) + slot * stride * bytes;
   };
-  const auto row_stride = [](const Tensor& factor) { return factor.stride(factor.dim() - 2); };
+  const auto gradient = [&](void* stack, int64_t features) {
+    return stack == nullptr ? stack : static_cast<char*>(stack) + slot * entry.rank * features * bytes;
+  };
   return {.rank = rank,
-          .lora_A = slot(entry.lora_A),
-          .lora_B = slot(entry.lora_B),
-          .A_stride = row_stride(entry.lora_A),
-          .B_stride = row_stride(entry.lora_B),
-          .scale = scale};
+          .lora_A = factor(entry.lora_A, entry.A_slot_stride),
+          .lora_B = factor(entry.lora_B, entry.B_slot_stride),
+          .A_stride = entry.A_stride,
+          .B_stride = entry.B_stride,
+          .scale = scale,
+          .grad_lora_A = gradient(entry.grad_lora_A, groups.in_features),
+          .grad_lora_B = gradient(entry.grad_lora_B, groups.out_features),
+          .grad_B_stride = entry.rank,
+          .wants_grad_A = entry.wants_grad_A,
+          .wants_grad_B = entry.wants_grad_B};
 }
 
 // A stable counting sort. Checks the numbers that the call reads: those of the chosen groups.
@@ -86,7 +92,8 @@ inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, co
       continue;
     }
     sorted.numbers.push_back(g);
-    sorted.groups.push_back(group_of(groups, g, rank, scaling_of[g] * rescale));
+    const int64_t slot = g - groups.entries[entry].first_group;
+    sorted.groups.push_back(group_of(groups, entry, slot, rank, scaling_of[g] * rescale));
   }
   sorted.num_skipped = skipped * rows_per_entry;
   int64_t begin = sorted.num_skipped;

@@ -175,11 +175,12 @@ inline void run_layer(const LoraForwardParams& p) {
   run_chunks(kernels.forward, p, workspace, {0, p.shrink.num_tokens}, num_chunks);
 }
 
-// grad_xa [num_tokens, total_rank]: of a backward that is a shrink's or an expand's only.
-inline void run_layer(const LoraBackwardParams& p, void* grad_xa = nullptr) {
+inline void run_layer(const LoraBackwardParams& p) {
   const Kernels& kernels = checked_kernels();
   const int64_t num_chunks = count_chunks(p.shrink.num_tokens);  // zero chunks sum to zero gradients
   const Workspace workspace = make_workspace(p, num_chunks);
+  // An argument of lora_shrink_backward, a result of lora_expand_backward; otherwise in the workspace.
+  void* const grad_xa = p.shrink.grad_xa ? const_cast<void*>(p.shrink.grad_xa) : p.expand.grad_xa;
   pack_factors(kernels.pack_backward, p, workspace);
   run_chunks(kernels.backward, p, workspace, {.first = 0, .count = p.shrink.num_tokens, .grad_xa = grad_xa},
              num_chunks);

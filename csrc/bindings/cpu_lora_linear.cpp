@@ -4,8 +4,7 @@
 
 #include "cpu_base_product.h"
 #include "cpu_kernels.h"
-#include "lora_linear_ops.h"
-#include "shrink_expand_ops.h"
+#include "layer_ops.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -20,29 +19,14 @@ struct Cpu {
     explicit Guard(const Tensor&) {}
   };
 
-  // The other half of a call has no layers.
-  static void run(const LoraShrinkParams& p, const Tensor&) {
-    run_layer(LoraForwardParams{.shrink = p, .expand = other_half<LoraExpandParams>(p)});
-  }
-  static void run(const LoraExpandParams& p, const Tensor&) {
-    run_layer(LoraForwardParams{.shrink = other_half<LoraShrinkParams>(p), .expand = p});
-  }
-  static void run(const LoraShrinkBackwardParams& p, const Tensor&) {
-    run_layer(LoraBackwardParams{.expand = other_half<LoraExpandBackwardParams>(p), .shrink = p},
-              const_cast<void*>(p.grad_xa));
-  }
-  static void run(const LoraExpandBackwardParams& p, const Tensor&) {
-    run_layer(LoraBackwardParams{.expand = p, .shrink = other_half<LoraShrinkBackwardParams>(p)}, p.grad_xa);
-  }
-
   static void forward(ForwardCall& call) {
     const Kernels& kernels = checked_kernels();
     LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
     if (!call.has_base_layers()) return run_layer(p);
-    const FrozenWeights weights = weights_of(call.layers);
+    const BaseWeights weights = weights_of(call.layers);
     if (has_few_tokens(kernels, p, weights)) return multiply_few_tokens(kernels, p, weights);
-    if (has_own_product(kernels, p.expand, weights) && !has_zero_adapter(p.expand)) {
+    if (has_own_product(kernels, p, weights) && !has_zero_adapter(p.expand)) {
       return multiply_forward(kernels, p, weights);
     }
     const bool base_first = is_16_bit(p.shrink.dtype);
@@ -50,7 +34,7 @@ struct Cpu {
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
         const Tensor* start = base_first ? call.layers[i].bias : &y_rows;
-        library_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
+        library_product(y_rows, start, *call.x, transposed(*call.layers[i].weight));
       }
     };
     if (base_first) {
@@ -68,8 +52,8 @@ struct Cpu {
     LoraBackwardParams& p = call.params;
     if (!call.has_base_layers() || !call.grad_x) return run_layer(p);
     const Kernels& kernels = checked_kernels();
-    const FrozenWeights weights = weights_of(call.layers);
-    if (has_own_product(kernels, p.expand, weights)) return multiply_backward(kernels, p, weights);
+    const BaseWeights weights = weights_of(call.layers);
+    if (has_own_product(kernels, p, weights)) return multiply_backward(kernels, p, weights);
     const bool base_first = is_16_bit(p.shrink.dtype);
     const auto add_base_products = [&] {
       if (p.shrink.num_tokens == 0) return;
@@ -85,17 +69,6 @@ struct Cpu {
     }
     run_layer(p);
     if (!base_first) add_base_products();
-  }
-
- private:
-  template <class Other, class Params>
-  static Other other_half(const Params& p) {
-    Other other{};
-    other.num_tokens = p.num_tokens;
-    other.total_rank = p.total_rank;
-    other.dtype = p.dtype;
-    other.factor_dtype = p.factor_dtype;
-    return other;
   }
 };
 
@@ -115,7 +88,6 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 }  // namespace lora_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  lora_ext::register_lora_linear_ops<lora_ext::cpu::Cpu>(m);
-  lora_ext::register_shrink_expand_ops<lora_ext::cpu::Cpu>(m);
+  lora_ext::register_layer_ops<lora_ext::cpu::Cpu>(m);
   lora_ext::register_op<lora_ext::schemas::kLoraDropoutMask, &lora_ext::cpu::lora_dropout_mask>(m);
 }

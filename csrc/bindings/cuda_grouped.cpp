@@ -35,23 +35,6 @@ struct Choice {
   }
 };
 
-std::vector<GroupedEntry> list_entries(const Groups& groups) {
-  std::vector<GroupedEntry> entries;
-  entries.reserve(groups.entries.size());
-  const auto slot_stride = [](const Tensor& factor) { return factor.dim() == 3 ? factor.stride(0) : 0; };
-  for (const GroupEntry& entry : groups.entries) {
-    entries.push_back({.first_group = entry.first_group,
-                       .rank = entry.rank,
-                       .lora_A = entry.lora_A.const_data_ptr(),
-                       .lora_B = entry.lora_B.const_data_ptr(),
-                       .A_slot_stride = slot_stride(entry.lora_A),
-                       .B_slot_stride = slot_stride(entry.lora_B),
-                       .A_stride = entry.lora_A.stride(entry.lora_A.dim() - 2),
-                       .B_stride = entry.lora_B.stride(entry.lora_B.dim() - 2)});
-  }
-  return entries;
-}
-
 std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
                                          const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
                                          const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
@@ -60,8 +43,7 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
   GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
   const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
                       dropout_rescale(call.params.threshold));
-  const std::vector<GroupedEntry> entries = list_entries(call.groups);
-  if (call.num_tokens > 0) plan_and_run(GroupedCall(call.params, choice.rows, entries), y);
+  if (call.num_tokens > 0) plan_and_run(GroupedCall(call.params, choice.rows, call.groups.entries), y);
   return {std::move(call.xa), std::move(call.mask)};
 }
 
@@ -78,16 +60,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
   } else if (!call.has_nothing_to_write()) {
     const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
                         dropout_rescale(dropout_threshold(dropout_p)));
-    std::vector<GroupedEntry> entries = list_entries(call.groups);
-    for (size_t i = 0; i < entries.size(); ++i) {
-      const auto assign = [&](const std::vector<Tensor>& gradients, int place, void*& address, bool& is_wanted) {
-        is_wanted = place >= 0;
-        if (is_wanted) address = gradients[static_cast<size_t>(place)].mutable_data_ptr();
-      };
-      assign(call.grad_lora_As, call.A_index[i], entries[i].grad_lora_A, entries[i].wants_grad_A);
-      assign(call.grad_lora_Bs, call.B_index[i], entries[i].grad_lora_B, entries[i].wants_grad_B);
-    }
-    plan_and_run(GroupedCall(call.params, choice.rows, entries), grad_y);
+    plan_and_run(GroupedCall(call.params, choice.rows, call.groups.entries), grad_y);
   }
   return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
 }

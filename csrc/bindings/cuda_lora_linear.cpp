@@ -3,28 +3,13 @@
 //
 // The adapter's term is written first and the base product accumulates onto it: the adapter needs no extra pass over y
 // or grad_x.
-#include <optional>
-
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
-#include "lora_linear_ops.h"
-#include "shrink_expand_ops.h"
+#include "layer_ops.h"
 
 namespace lora_ext::cuda {
 namespace {
-
-// The weights of the base layers, if their columns are neighbours.
-std::optional<BaseWeights> base_weights(const ForwardCall& call) {
-  BaseWeights weights;
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    const Tensor& weight = *call.layers[i].weight;
-    if (weight.stride(1) != 1) return std::nullopt;
-    weights.data[i] = weight.const_data_ptr();
-    weights.strides[i] = weight.stride(0);
-  }
-  return weights;
-}
 
 struct Cuda {
   static constexpr bool kOnly16Bit = true;
@@ -34,20 +19,15 @@ struct Cuda {
     explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
   };
 
-  template <class Params>
-  static void run(const Params& p, const Tensor& like) {
-    plan_and_run(p, like);
-  }
-
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
-    const auto weights = call.has_base_layers() ? base_weights(call) : std::nullopt;
-    const Plan plan = plan_and_run({p, weights ? &*weights : nullptr}, call.x);
+    const BaseWeights weights = call.has_base_layers() ? weights_of(call.layers) : BaseWeights();
+    const Plan plan = plan_and_run(LoraCall(p, call.has_base_layers() ? &weights : nullptr), call.like);
     if (!call.has_base_layers() || plan.streams_weights) return;
     for (size_t i = 0; i < call.layers.size(); ++i) {
       if (p.shrink.in_features == 0 || p.expand.siblings[i].out_features == 0) continue;
-      add_base_product(call.y_rows(i), call.x, transposed(*call.layers[i].weight));
+      add_base_product(call.y_rows(i), *call.x, transposed(*call.layers[i].weight));
     }
   }
 
@@ -58,7 +38,7 @@ struct Cuda {
       for (Tensor& grad : call.grad_lora_B) torch::stable::zero_(grad);
       return;
     }
-    plan_and_run(p, call.grad_y[0]);
+    plan_and_run(LoraCall(p), call.like);
     if (!call.has_base_layers() || !call.grad_x || p.shrink.in_features == 0) return;
     const Tensor grad_x_rows = call.grad_x_rows();
     for (size_t i = 0; i < call.layers.size(); ++i) {
@@ -88,7 +68,6 @@ Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_feat
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  lora_ext::register_lora_linear_ops<lora_ext::cuda::Cuda>(m);
-  lora_ext::register_shrink_expand_ops<lora_ext::cuda::Cuda>(m);
+  lora_ext::register_layer_ops<lora_ext::cuda::Cuda>(m);
   lora_ext::register_op<lora_ext::schemas::kLoraDropoutMask, &lora_ext::cuda::lora_dropout_mask>(m);
 }

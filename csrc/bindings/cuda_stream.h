@@ -47,22 +47,15 @@ inline GpuStream current_stream(const Tensor& tensor) {
 
 // Plans a call and starts its launches on the current stream of a tensor's device. The scratch memory is freed on
 // return, while kernels may still use it: the caching allocator reuses it only for later work on the same stream.
-inline Plan plan_and_run(const LoraCall& call, const Tensor& like) {
+template <class Call>
+Plan plan_and_run(const Call& call, const Tensor& like) {
   const GpuStream stream = current_stream(like);
-  const Plan plan = make_plan(call, {stream.sms});
+  Plan plan = make_plan(call, {stream.sms});
   const Tensor scratch = empty_bytes({plan.scratch.bytes}, like);
-  run_plan(call, plan, scratch.mutable_data_ptr(), stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return plan;
-}
-
-inline void plan_and_run(const GroupedCall& call, const Tensor& like) {
-  const GpuStream stream = current_stream(like);
-  const GroupedPlan plan = make_plan(call, {stream.sms});
-  const Tensor scratch = empty_bytes({plan.scratch_bytes}, like);
   STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
   run_plan(call, plan, scratch.mutable_data_ptr(), stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return plan;
 }
 
 // out [m, n] += a [m, k] @ b [k, n] on the current stream. The shim bypasses autograd and autocast.

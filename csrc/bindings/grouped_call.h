@@ -11,23 +11,18 @@
 
 namespace lora_ext {
 
-// An entry of lora_As and lora_Bs: a matrix of each, or a stack of each.
-struct GroupEntry {
-  Tensor lora_A;  // [rank, in_features] or [slots, rank, in_features], with unit column stride
-  Tensor lora_B;  // [out_features, rank] or [slots, out_features, rank], with unit column stride
-  int64_t first_group, slots, rank;
-};
-
 struct Groups {
-  std::vector<GroupEntry> entries;
+  std::vector<GroupedEntry> entries;
   int64_t num_groups = 0, max_rank = 0, in_features = 0, out_features = 0;
   DType factor_dtype{};
 
-  // The entry of a group: all of them, for a list of matrices.
   size_t entry_of(int64_t group) const {
     const auto after = std::upper_bound(entries.begin(), entries.end(), group,
-                                        [](int64_t g, const GroupEntry& entry) { return g < entry.first_group; });
+                                        [](int64_t g, const GroupedEntry& entry) { return g < entry.first_group; });
     return static_cast<size_t>(after - entries.begin()) - 1;
+  }
+  int64_t slots_of(size_t entry) const {
+    return (entry + 1 < entries.size() ? entries[entry + 1].first_group : num_groups) - entries[entry].first_group;
   }
 };
 
@@ -37,26 +32,32 @@ inline Tensor with_unit_column_stride(const Tensor& factor) {
   return factor.size(last) <= 1 || factor.stride(last) == 1 ? factor : as_contiguous(factor);
 }
 
-inline Groups list_groups(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs) {
+inline Groups list_groups(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs, KeptTensors& kept) {
   Groups groups{.entries = {},
                 .in_features = size_from_end(lora_As[0], 1),
                 .out_features = size_from_end(lora_Bs[0], 2),
                 .factor_dtype = dtype_of(lora_As[0])};
   groups.entries.reserve(lora_As.size());
   for (size_t i = 0; i < lora_As.size(); ++i) {
-    const GroupEntry& entry =
-        groups.entries.emplace_back(GroupEntry{.lora_A = with_unit_column_stride(lora_As[i]),
-                                               .lora_B = with_unit_column_stride(lora_Bs[i]),
-                                               .first_group = groups.num_groups,
-                                               .slots = lora_As[i].dim() == 3 ? lora_As[i].size(0) : 1,
-                                               .rank = size_from_end(lora_As[i], 2)});
-    groups.num_groups += entry.slots;
+    const Tensor lora_A = with_unit_column_stride(lora_As[i]), lora_B = with_unit_column_stride(lora_Bs[i]);
+    const bool is_stack = lora_A.dim() == 3;
+    const GroupedEntry& entry =
+        groups.entries.emplace_back(GroupedEntry{.first_group = groups.num_groups,
+                                                 .rank = size_from_end(lora_A, 2),
+                                                 .lora_A = kept.address(lora_A),
+                                                 .lora_B = kept.address(lora_B),
+                                                 .A_slot_stride = is_stack ? lora_A.stride(0) : 0,
+                                                 .B_slot_stride = is_stack ? lora_B.stride(0) : 0,
+                                                 .A_stride = lora_A.stride(lora_A.dim() - 2),
+                                                 .B_stride = lora_B.stride(lora_B.dim() - 2)});
+    groups.num_groups += is_stack ? lora_A.size(0) : 1;
     groups.max_rank = std::max(groups.max_rank, entry.rank);
   }
   return groups;
 }
 
 struct GroupedForwardCall {
+  KeptTensors kept;
   Groups groups;
   Tensor x;         // [num_tokens, in_features] with unit column stride
   Tensor xa, mask;  // the op's results
@@ -70,11 +71,13 @@ inline GroupedForwardCall prepare_grouped_forward(const Tensor& y, const Tensor&
   const DType dtype = dtype_of(x);
   const uint32_t threshold = dropout_threshold(dropout_p);
   const int64_t num_tokens = count_tokens(x);
-  Groups groups = list_groups(lora_As, lora_Bs);
+  KeptTensors kept;
+  Groups groups = list_groups(lora_As, lora_Bs, kept);
   const int64_t mask_bytes = mask_row_bytes(groups.in_features);
   Tensor xa = empty({num_tokens, groups.max_rank}, accumulation_dtype(dtype), x);
   Tensor mask = threshold > 0 ? empty_bytes({num_tokens, mask_bytes}, x) : empty_bytes({0}, x);
-  GroupedForwardCall call{.groups = std::move(groups),
+  GroupedForwardCall call{.kept = std::move(kept),
+                          .groups = std::move(groups),
                           .x = flatten_tokens(x),
                           .xa = std::move(xa),
                           .mask = std::move(mask),
@@ -95,12 +98,11 @@ inline GroupedForwardCall prepare_grouped_forward(const Tensor& y, const Tensor&
 }
 
 struct GroupedBackwardCall {
-  Groups groups;
+  KeptTensors kept{};
+  Groups groups{};
   int64_t num_tokens;
   std::optional<Tensor> grad_x{};
   std::vector<Tensor> grad_lora_As{}, grad_lora_Bs{};  // the wanted ones, in order
-  std::vector<int> A_index{}, B_index{};               // of each entry: where its gradient is in the list, or -1
-  KeptTensors kept{};
   LoraGroupedBackwardParams params{};
 
   bool has_nothing_to_write() const {
@@ -117,8 +119,9 @@ inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const 
   const size_t entries = lora_As.size();
   const std::vector<bool> wanted = wanted_of_groups(output_mask, entries);
   const bool want_x = wanted[0], want_A = wanted[1], want_B = wanted[2];
-  GroupedBackwardCall call{.groups = list_groups(lora_As, lora_Bs), .num_tokens = count_tokens(grad_y)};
-  const Groups& groups = call.groups;
+  GroupedBackwardCall call{.num_tokens = count_tokens(grad_y)};
+  call.groups = list_groups(lora_As, lora_Bs, call.kept);
+  Groups& groups = call.groups;
 
   const DType dtype = dtype_of(grad_y);
   const uint32_t threshold = dropout_threshold(dropout_p);
@@ -144,18 +147,18 @@ inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const 
     call.grad_x = empty(sizes_with_last(grad_y, groups.in_features), dtype, grad_y);
     p.grad_x = call.grad_x->mutable_data_ptr();
   }
-  const auto new_gradients = [&](const std::vector<Tensor>& factors, size_t first, std::vector<Tensor>& gradients,
-                                 std::vector<int>& index) {
-    for (size_t i = 0; i < entries; ++i) {
-      const bool is_wanted = output_mask[first + i];
-      index.push_back(is_wanted ? static_cast<int>(gradients.size()) : -1);
-      if (!is_wanted) continue;
-      const auto sizes = factors[i].sizes();
-      gradients.push_back(empty({sizes.begin(), sizes.end()}, groups.factor_dtype, grad_y));
-    }
+  const auto new_gradient = [&](const Tensor& factor, std::vector<Tensor>& gradients) {
+    const auto sizes = factor.sizes();
+    gradients.push_back(empty({sizes.begin(), sizes.end()}, groups.factor_dtype, grad_y));
+    return gradients.back().mutable_data_ptr();
   };
-  new_gradients(lora_As, 1, call.grad_lora_As, call.A_index);
-  new_gradients(lora_Bs, 1 + entries, call.grad_lora_Bs, call.B_index);
+  for (size_t i = 0; i < entries; ++i) {
+    GroupedEntry& entry = groups.entries[i];
+    entry.wants_grad_A = output_mask[1 + i];
+    entry.wants_grad_B = output_mask[1 + entries + i];
+    if (entry.wants_grad_A) entry.grad_lora_A = new_gradient(lora_As[i], call.grad_lora_As);
+    if (entry.wants_grad_B) entry.grad_lora_B = new_gradient(lora_Bs[i], call.grad_lora_Bs);
+  }
   return call;
 }
 

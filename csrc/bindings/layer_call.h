@@ -1,5 +1,8 @@
 // The part of a layer op that is the same on every device: takes one layer or siblings, allocates the outputs, and
 // fills in the kernels' parameters. A binding adds scratch memory and the launches.
+//
+// A forward is a shrink and an expand, a backward both of their backwards. The ops of one of them add one: the other
+// half has no siblings.
 #pragma once
 
 #include <algorithm>
@@ -13,231 +16,213 @@
 
 namespace lora_ext {
 
-struct ForwardLayer {
-  const Tensor* weight;  // [out_features, in_features]; null: the base layer was called
-  const Tensor* bias;    // [out_features]; null: none
-  const Tensor& lora_A;  // [rank, in_features]
-  const Tensor& lora_B;  // [out_features, rank]
-  double scaling;
-  const Tensor* base_output = nullptr;  // [..., out_features], what a base layer returned that was called
+// A layer's tensors: the arguments of an op, null where it has none.
+struct Layer {
+  const Tensor* lora_A = nullptr;  // [rank, in_features]
+  const Tensor* lora_B = nullptr;  // [out_features, rank]
+  double scaling = 1.0;
+  const Tensor* weight = nullptr;  // [out_features, in_features]; null: the base layer was called
+  const Tensor* bias = nullptr;    // [out_features]
+  const Tensor* base = nullptr;    // [..., out_features], what the base layer returned that was called
+  const Tensor* grad_y = nullptr;  // [..., out_features]
+
+  int64_t rank() const { return lora_A ? lora_A->size(0) : lora_B->size(1); }
 };
 
-struct BackwardLayer {
-  const Tensor& grad_y;  // [..., out_features]
-  const Tensor* weight;  // [out_features, in_features]; null: grad_x is the adapter's alone
-  const Tensor& lora_A;  // [rank, in_features]
-  const Tensor& lora_B;  // [out_features, rank]
-  double scaling;
-};
+inline const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
-// The layers of an op on lists, whose lengths fit. Without weights, bases[i] is what base layer i returned.
-inline std::vector<ForwardLayer> forward_layers(const std::vector<Tensor>& weights,
-                                                const std::vector<std::optional<Tensor>>& biases,
-                                                const std::vector<Tensor>& bases, const std::vector<Tensor>& lora_As,
-                                                const std::vector<Tensor>& lora_Bs,
-                                                const std::vector<double>& scalings) {
-  std::vector<ForwardLayer> layers;
+// The layers of an op on lists, whose lengths fit. A list that the op lacks is empty.
+inline std::vector<Layer> list_layers(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
+                                      const std::vector<double>& scalings, const std::vector<Tensor>& weights,
+                                      const std::vector<std::optional<Tensor>>& biases,
+                                      const std::vector<Tensor>& bases, const std::vector<Tensor>& grad_ys) {
+  const auto entry = [](const std::vector<Tensor>& list, size_t i) { return list.empty() ? nullptr : &list[i]; };
+  std::vector<Layer> layers;
   layers.reserve(lora_As.size());
   for (size_t i = 0; i < lora_As.size(); ++i) {
-    layers.push_back({weights.empty() ? nullptr : &weights[i], biases.empty() || !biases[i] ? nullptr : &*biases[i],
-                      lora_As[i], lora_Bs[i], scalings[i], bases.empty() ? nullptr : &bases[i]});
+    layers.push_back({.lora_A = &lora_As[i],
+                      .lora_B = &lora_Bs[i],
+                      .scaling = scalings[i],
+                      .weight = entry(weights, i),
+                      .bias = biases.empty() ? nullptr : pointer_to(biases[i]),
+                      .base = entry(bases, i),
+                      .grad_y = entry(grad_ys, i)});
   }
   return layers;
 }
 
-inline std::vector<BackwardLayer> backward_layers(const std::vector<Tensor>& grad_ys,
-                                                  const std::vector<Tensor>& weights,
-                                                  const std::vector<Tensor>& lora_As,
-                                                  const std::vector<Tensor>& lora_Bs,
-                                                  const std::vector<double>& scalings) {
-  std::vector<BackwardLayer> layers;
-  layers.reserve(lora_As.size());
-  for (size_t i = 0; i < lora_As.size(); ++i) {
-    layers.push_back({grad_ys[i], weights.empty() ? nullptr : &weights[i], lora_As[i], lora_Bs[i], scalings[i]});
+// Layers: with weights.
+inline BaseWeights weights_of(std::span<const Layer> layers) {
+  BaseWeights weights;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    weights.data[i] = layers[i].weight->const_data_ptr();
+    weights.strides[i] = layers[i].weight->stride(0);
+    weights.column_strides[i] = layers[i].weight->stride(1);
   }
-  return layers;
+  return weights;
+}
+
+// What both halves of a call have. like: [..., features], with the tokens, the dtype and the device of x.
+template <class Params>
+void set_sizes(Params& p, const Tensor& like, std::span<const Layer> layers) {
+  p.num_tokens = count_tokens(like);
+  for (const Layer& layer : layers) p.total_rank += layer.rank();
+  p.dtype = dtype_of(like);
+  p.factor_dtype = dtype_of(layers[0].lora_A ? *layers[0].lora_A : *layers[0].lora_B);
+}
+
+// Sets the ranks of a half's siblings, and calls f(sibling, layer) for each.
+template <class Params, class F>
+void for_each_sibling(Params& p, std::span<const Layer> layers, const F& f) {
+  int64_t rank_begin = 0;
+  for (const Layer& layer : layers) {
+    auto& sibling = p.siblings[p.num_siblings++];
+    sibling.rank = layer.rank();
+    sibling.rank_begin = rank_begin;
+    rank_begin += sibling.rank;
+    f(sibling, layer);
+  }
 }
 
 // --- a forward ---
 
 struct ForwardCall {
-  std::span<const ForwardLayer> layers;  // the op's arguments
-  Tensor x;                              // [num_tokens, in_features] with unit column stride
-  std::vector<Tensor> y{};               // the op's results, one y per layer
-  Tensor xa, mask;
+  const Tensor& like;
+  std::span<const Layer> layers;
+  std::optional<Tensor> x{};           // [num_tokens, in_features] with unit column stride
+  std::vector<Tensor> y{};             // the op's results, one y per layer
+  std::optional<Tensor> xa{}, mask{};  // the results of a shrink
   KeptTensors kept{};
   LoraForwardParams params{};
+
+  ForwardCall(const Tensor& x_or_base, std::span<const Layer> op_layers) : like(x_or_base), layers(op_layers) {
+    set_sizes(params.shrink, like, layers);
+    set_sizes(params.expand, like, layers);
+  }
 
   bool has_base_layers() const { return layers[0].weight != nullptr; }
   Tensor y_rows(size_t i) const {
     return as_rows(y[i], params.expand.num_tokens, params.expand.siblings[i].out_features);
   }
-};
 
-// in_place: the adapters are added to the tensors that the base layers returned. Else all results are new tensors.
-inline ForwardCall prepare_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
-                                   const std::optional<Tensor>& seed, bool in_place = false) {
-  const DType dtype = dtype_of(x);
-  const DType factor_dtype = dtype_of(layers[0].lora_A);
-  const uint32_t threshold = dropout_threshold(dropout_p);
-  const int64_t num_tokens = count_tokens(x);
-  const int64_t in_features = layers[0].lora_A.size(1);
-  int64_t total_rank = 0;
-  for (const ForwardLayer& layer : layers) total_rank += layer.lora_A.size(0);
-
-  ForwardCall call{
-      .layers = layers,
-      .x = flatten_tokens(x),
-      .xa = empty({num_tokens, total_rank}, accumulation_dtype(dtype), x),
-      .mask = threshold > 0 ? empty_bytes({num_tokens, mask_row_bytes(in_features)}, x) : empty_bytes({0}, x)};
-  const int num_siblings = static_cast<int>(layers.size());
-  LoraShrinkParams& shrink = call.params.shrink;
-  shrink = {.num_tokens = num_tokens,
-            .in_features = in_features,
-            .total_rank = total_rank,
-            .x = call.x.const_data_ptr(),
-            .seed = threshold > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
-            .xa = call.xa.mutable_data_ptr(),
-            .mask = threshold > 0 ? static_cast<uint8_t*>(call.mask.mutable_data_ptr()) : nullptr,
-            .x_stride = call.x.stride(0),
-            .dtype = dtype,
-            .factor_dtype = factor_dtype,
-            .threshold = threshold,
-            .num_siblings = num_siblings};
-  LoraExpandParams& expand = call.params.expand;
-  expand = {.num_tokens = num_tokens,
-            .total_rank = total_rank,
-            .xa = shrink.xa,
-            .dtype = dtype,
-            .factor_dtype = factor_dtype,
-            .num_siblings = num_siblings};
-
-  call.y.reserve(layers.size());
-  int64_t rank_begin = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const ForwardLayer& layer = layers[i];
-    const int64_t rank = layer.lora_A.size(0);
-    const int64_t out_features = layer.lora_B.size(0);
-    shrink.siblings[i] = {.rank = rank,
-                          .rank_begin = rank_begin,
-                          .lora_A = call.kept.address(as_contiguous(layer.lora_A)),
-                          .scale = layer.scaling * dropout_rescale(threshold)};
-    const Tensor& y =
-        call.y.emplace_back(in_place ? *layer.base_output : empty(sizes_with_last(x, out_features), dtype, x));
-    expand.siblings[i] = {.out_features = out_features,
-                          .rank = rank,
-                          .rank_begin = rank_begin,
-                          .lora_B = call.kept.address(as_contiguous(layer.lora_B)),
-                          .bias = layer.bias ? call.kept.address(as_contiguous(*layer.bias)) : nullptr,
-                          .base = layer.base_output ? call.kept.address(as_contiguous(*layer.base_output)) : nullptr,
-                          .y = y.mutable_data_ptr()};
-    rank_begin += rank;
+  void add_shrink(const std::vector<int64_t>& xa_sizes, double dropout_p, const std::optional<Tensor>& seed) {
+    LoraShrinkParams& p = params.shrink;
+    x = flatten_tokens(like);
+    xa = empty(xa_sizes, accumulation_dtype(p.dtype), like);
+    p.in_features = x->size(1);
+    p.x = x->const_data_ptr();
+    p.x_stride = x->stride(0);
+    p.xa = xa->mutable_data_ptr();
+    p.threshold = dropout_threshold(dropout_p);
+    mask = p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, like) : empty_bytes({0}, like);
+    if (p.threshold > 0) {
+      p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+      p.mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
+    }
+    for_each_sibling(p, layers, [&](LoraShrinkSibling& sibling, const Layer& layer) {
+      sibling.lora_A = kept.address(as_contiguous(*layer.lora_A));
+      sibling.scale = layer.scaling * dropout_rescale(p.threshold);
+    });
   }
-  return call;
-}
+
+  // in_place: the adapters are added to the tensors that the base layers returned. Else all results are new tensors.
+  void add_expand(const void* shrunk, bool in_place) {
+    LoraExpandParams& p = params.expand;
+    p.xa = shrunk;
+    y.reserve(layers.size());
+    for_each_sibling(p, layers, [&](LoraExpandSibling& sibling, const Layer& layer) {
+      sibling.out_features = layer.lora_B->size(0);
+      sibling.lora_B = kept.address(as_contiguous(*layer.lora_B));
+      sibling.bias = layer.bias ? kept.address(as_contiguous(*layer.bias)) : nullptr;
+      sibling.base = layer.base ? kept.address(as_contiguous(*layer.base)) : nullptr;
+      y.push_back(in_place ? *layer.base : empty(sizes_with_last(like, sibling.out_features), p.dtype, like));
+      sibling.y = y.back().mutable_data_ptr();
+    });
+  }
+};
 
 // --- a backward ---
 
 inline bool is_empty(const Tensor& tensor) { return tensor.numel() == 0; }
 
 struct BackwardCall {
-  std::span<const BackwardLayer> layers;             // the op's arguments
-  std::vector<Tensor> grad_y{};                      // one per layer: [num_tokens, out_features], unit column stride
-  std::optional<Tensor> grad_x{};                    // the op's results, where they are wanted
+  const Tensor& like;
+  std::span<const Layer> layers;
+  std::vector<Tensor> grad_y{};  // one per layer: [num_tokens, out_features], unit column stride
+  // The op's results, where they are wanted. grad_xa: of an expand's backward alone.
+  std::optional<Tensor> grad_x{}, grad_xa{};
   std::vector<Tensor> grad_lora_A{}, grad_lora_B{};  // one per layer, or none
   KeptTensors kept{};
   LoraBackwardParams params{};
 
+  BackwardCall(const Tensor& grad_y_or_x, std::span<const Layer> op_layers) : like(grad_y_or_x), layers(op_layers) {
+    set_sizes(params.expand, like, layers);
+    set_sizes(params.shrink, like, layers);
+  }
+
   bool has_base_layers() const { return layers[0].weight != nullptr; }
   // Whether no wanted gradient has elements. The number of tokens without features may exceed any memory.
   bool has_nothing_to_write() const {
-    return (!grad_x || is_empty(*grad_x)) && std::all_of(grad_lora_A.begin(), grad_lora_A.end(), is_empty) &&
+    return (!grad_x || is_empty(*grad_x)) && (!grad_xa || is_empty(*grad_xa)) &&
+           std::all_of(grad_lora_A.begin(), grad_lora_A.end(), is_empty) &&
            std::all_of(grad_lora_B.begin(), grad_lora_B.end(), is_empty);
   }
   Tensor grad_x_rows() const { return as_rows(*grad_x, params.shrink.num_tokens, params.shrink.in_features); }
+
+  // xa: for grad_lora_B.
+  void add_expand(const std::optional<Tensor>& xa, double dropout_p, bool wants_grad_xa, bool wants_grad_B) {
+    LoraExpandBackwardParams& p = params.expand;
+    p.wants_grad_xa = wants_grad_xa;
+    p.wants_grad_lora_B = wants_grad_B;
+    if (wants_grad_B) p.xa = kept.address(as_contiguous(*xa));
+    grad_y.reserve(layers.size());
+    for_each_sibling(p, layers, [&](LoraExpandBackwardSibling& sibling, const Layer& layer) {
+      const Tensor& rows = grad_y.emplace_back(flatten_tokens(*layer.grad_y));
+      sibling.out_features = rows.size(1);
+      sibling.grad_y = rows.const_data_ptr();
+      sibling.grad_y_stride = rows.stride(0);
+      sibling.lora_B = kept.address(as_contiguous(*layer.lora_B));
+      sibling.scale = layer.scaling * dropout_rescale(dropout_threshold(dropout_p));
+      if (wants_grad_B) sibling.grad_lora_B = add_gradient(grad_lora_B, {sibling.out_features, sibling.rank});
+    });
+  }
+
+  // x: for grad_lora_A. mask: where there is dropout.
+  void add_shrink(const Tensor* x, const std::optional<Tensor>& mask, double dropout_p, bool wants_grad_x,
+                  bool wants_grad_A) {
+    LoraShrinkBackwardParams& p = params.shrink;
+    p.in_features = layers[0].lora_A->size(1);
+    p.wants_grad_x = wants_grad_x;
+    p.wants_grad_lora_A = wants_grad_A;
+    p.has_dropout = dropout_threshold(dropout_p) > 0;
+    if (wants_grad_A) {
+      const Tensor rows = flatten_tokens(*x);
+      p.x = kept.address(rows);
+      p.x_stride = rows.stride(0);
+    }
+    if (p.has_dropout && (wants_grad_x || wants_grad_A)) {
+      constexpr uintptr_t kWord = 8;  // kernels read words of the mask; its rows are whole words
+      p.mask = static_cast<const uint8_t*>(kept.address(as_aligned(*mask, kWord)));
+    }
+    if (wants_grad_x) {
+      grad_x = empty(sizes_with_last(like, p.in_features), p.dtype, like);
+      p.grad_x = grad_x->mutable_data_ptr();
+    }
+    for_each_sibling(p, layers, [&](LoraShrinkBackwardSibling& sibling, const Layer& layer) {
+      sibling.lora_A = kept.address(as_contiguous(*layer.lora_A));
+      if (wants_grad_A) sibling.grad_lora_A = add_gradient(grad_lora_A, {sibling.rank, p.in_features});
+    });
+  }
+
+ private:
+  void* add_gradient(std::vector<Tensor>& gradients, const std::vector<int64_t>& sizes) {
+    return gradients.emplace_back(empty(sizes, params.expand.factor_dtype, like)).mutable_data_ptr();
+  }
 };
 
 // The gradient of a single layer's factor, if it is wanted.
 inline std::optional<Tensor> only(std::vector<Tensor>& grads) {
   return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
-}
-
-inline BackwardCall prepare_backward(const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
-                                     const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-                                     double dropout_p, const std::vector<bool>& output_mask) {
-  const bool want_x = output_mask[0];
-  const bool want_A = output_mask[1];
-  const bool want_B = output_mask[2];
-  const Tensor& grad_y = layers[0].grad_y;
-  const DType dtype = dtype_of(grad_y);
-  const DType factor_dtype = dtype_of(layers[0].lora_A);
-  const uint32_t threshold = dropout_threshold(dropout_p);
-  const int64_t num_tokens = count_tokens(grad_y);
-  const int64_t in_features = layers[0].lora_A.size(1);
-  int64_t total_rank = 0;
-  for (const BackwardLayer& layer : layers) total_rank += layer.lora_A.size(0);
-
-  BackwardCall call{.layers = layers};
-  const int num_siblings = static_cast<int>(layers.size());
-  LoraExpandBackwardParams& expand = call.params.expand;
-  expand = {.num_tokens = num_tokens,
-            .total_rank = total_rank,
-            .xa = want_B ? call.kept.address(as_contiguous(*xa)) : nullptr,
-            .dtype = dtype,
-            .factor_dtype = factor_dtype,
-            .wants_grad_xa = want_x || want_A,
-            .wants_grad_lora_B = want_B,
-            .num_siblings = num_siblings};
-  LoraShrinkBackwardParams& shrink = call.params.shrink;
-  shrink = {.num_tokens = num_tokens,
-            .in_features = in_features,
-            .total_rank = total_rank,
-            .dtype = dtype,
-            .factor_dtype = factor_dtype,
-            .wants_grad_x = want_x,
-            .wants_grad_lora_A = want_A,
-            .has_dropout = threshold > 0,
-            .num_siblings = num_siblings};
-  if (want_A) {
-    const Tensor rows = flatten_tokens(*x);
-    shrink.x = call.kept.address(rows);
-    shrink.x_stride = rows.stride(0);
-  }
-  if (threshold > 0 && (want_x || want_A)) {
-    constexpr uintptr_t kWord = 8;  // kernels read words of the mask; its rows are whole words
-    shrink.mask = static_cast<const uint8_t*>(call.kept.address(as_aligned(*mask, kWord)));
-  }
-  if (want_x) {
-    call.grad_x = empty(sizes_with_last(grad_y, in_features), dtype, grad_y);
-    shrink.grad_x = call.grad_x->mutable_data_ptr();
-  }
-
-  call.grad_y.reserve(layers.size());
-  if (want_A) call.grad_lora_A.reserve(layers.size());
-  if (want_B) call.grad_lora_B.reserve(layers.size());
-  int64_t rank_begin = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const BackwardLayer& layer = layers[i];
-    const int64_t rank = layer.lora_A.size(0);
-    const int64_t out_features = layer.lora_B.size(0);
-    const Tensor& rows = call.grad_y.emplace_back(flatten_tokens(layer.grad_y));
-    if (want_A) call.grad_lora_A.push_back(empty({rank, in_features}, factor_dtype, grad_y));
-    if (want_B) call.grad_lora_B.push_back(empty({out_features, rank}, factor_dtype, grad_y));
-    expand.siblings[i] = {.out_features = out_features,
-                          .rank = rank,
-                          .rank_begin = rank_begin,
-                          .grad_y = rows.const_data_ptr(),
-                          .lora_B = call.kept.address(as_contiguous(layer.lora_B)),
-                          .grad_lora_B = want_B ? call.grad_lora_B[i].mutable_data_ptr() : nullptr,
-                          .grad_y_stride = rows.stride(0),
-                          .scale = layer.scaling * dropout_rescale(threshold)};
-    shrink.siblings[i] = {.rank = rank,
-                          .rank_begin = rank_begin,
-                          .lora_A = call.kept.address(as_contiguous(layer.lora_A)),
-                          .grad_lora_A = want_A ? call.grad_lora_A[i].mutable_data_ptr() : nullptr};
-    rank_begin += rank;
-  }
-  return call;
 }
 
 }  // namespace lora_ext

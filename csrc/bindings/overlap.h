@@ -1,7 +1,6 @@
 // Checks that no tensor that an op changes shares memory with another argument.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 #include "arguments.h"
@@ -33,9 +32,11 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
                      .changes = changes});
 }
 
-// Whether two regions share bytes; the second begins before the first ends. Two blocks of columns of one matrix may be
-// disjoint; any other overlap of extents counts as shared.
-inline bool share_bytes(const MemoryRegion& first, const MemoryRegion& second) {
+// Whether two regions share bytes. Two blocks of columns of one matrix may be disjoint; any other overlap of extents
+// counts as shared.
+inline bool share_bytes(const MemoryRegion& a, const MemoryRegion& b) {
+  if (a.end <= b.begin || b.end <= a.begin) return false;
+  const MemoryRegion &first = a.begin <= b.begin ? a : b, &second = a.begin <= b.begin ? b : a;
   if (first.row_stride == 0 || first.row_stride != second.row_stride) return true;
   const int64_t column = (second.begin - first.begin) % first.row_stride;
   return column < first.row_bytes || column + second.row_bytes > first.row_stride;
@@ -46,18 +47,11 @@ inline void check_disjoint(std::span<const Parameter> parameters, const Argument
   for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter& p) {
     add_region(regions, name, tensor, p.changes);
   });
-  std::sort(regions.begin(), regions.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
-  std::vector<const MemoryRegion*> reaching;  // regions that begin before this one and end after its begin
-  for (const MemoryRegion& region : regions) {
-    std::erase_if(reaching, [&](const MemoryRegion* before) { return before->end <= region.begin; });
-    for (const MemoryRegion* before : reaching) {
-      if (!(before->changes || region.changes) || !share_bytes(*before, region)) continue;
-      const bool in_order = before->changes;
-      const MemoryRegion& changed = in_order ? *before : region;
-      const MemoryRegion& other = in_order ? region : *before;
+  for (const MemoryRegion& changed : regions) {
+    for (const MemoryRegion& other : regions) {
+      if (!changed.changes || &changed == &other || !share_bytes(changed, other)) continue;
       refuse<refusals::kSharedMemory>(changed.name, other.name);
     }
-    reaching.push_back(&region);
   }
 }
 

@@ -61,10 +61,10 @@ struct LoraForwardParams {
   LoraExpandParams expand;
 };
 
-// The weights of its base layers: [out_features, in_features], rows `strides` elements apart, dtype.
+// The weights of a call's base layers: [out_features, in_features], dtype. Strides are those of rows.
 struct BaseWeights {
   const void* data[kMaxSiblings] = {};
-  int64_t strides[kMaxSiblings] = {};
+  int64_t strides[kMaxSiblings] = {}, column_strides[kMaxSiblings] = {};
 };
 
 // Gradients of an expand: grad_xa = scale * grad_y @ lora_B, grad_lora_B = grad_y^T @ xa
@@ -139,6 +139,17 @@ struct LoraGroupedBackwardParams {
   int64_t grad_y_stride, x_stride = 0;
   DType dtype, factor_dtype;
   bool wants_grad_x, has_dropout = false;
+};
+
+// An entry of the lists of factors: a matrix of each, or a stack of matrices. Groups are counted through all entries.
+struct GroupedEntry {
+  int64_t first_group, rank;
+  const void* lora_A;                                        // [slots, rank, in_features], factor_dtype
+  const void* lora_B;                                        // [slots, out_features, rank], factor_dtype
+  void* grad_lora_A = nullptr;                               // as lora_A, contiguous, where it is wanted
+  void* grad_lora_B = nullptr;                               // as lora_B, contiguous, where it is wanted
+  int64_t A_slot_stride, B_slot_stride, A_stride, B_stride;  // in elements, of matrices and of their rows
+  bool wants_grad_A = false, wants_grad_B = false;
 };
 
 struct LoraGroup {

@@ -16,22 +16,22 @@ namespace grouped {
 template <class T>
 class PlanRunner : Launcher {
  public:
-  PlanRunner(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream)
+  PlanRunner(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream)
       : Launcher(scratch, stream),
         call_(call),
         plan_(plan),
         table_{.inline_entries = {},
-               .all_entries = at<const GroupedEntry>(plan.entries),
+               .all_entries = at<const GroupedEntry>(plan.scratch.entries),
                .num_entries = static_cast<int>(call.entries.size()),
                .rows = call.rows},
-        index_{.order = at<int>(plan.order),
-               .begin = at<int>(plan.begin),
-               .group_of_tile = at<int>(plan.tiles),
-               .group_of_chunk = at<int>(plan.chunks),
+        index_{.order = at<int>(plan.scratch.order),
+               .begin = at<int>(plan.scratch.begin),
+               .group_of_tile = at<int>(plan.scratch.tiles),
+               .group_of_chunk = at<int>(plan.scratch.chunks),
                .rows_per_entry = call.rows.rows_per_entry,
                .has_chunks = call.backward != nullptr},
-        partials_(at<float>(plan.rank_partials)),
-        sums_(call.forward ? static_cast<float*>(call.forward->xa) : at<float>(plan.grad_xa)) {
+        partials_(at<float>(plan.scratch.rank_partials)),
+        sums_(call.forward ? static_cast<float*>(call.forward->xa) : at<float>(plan.scratch.grad_xa)) {
     if (call.entries.size() <= kInlineEntries)
       std::copy(call.entries.begin(), call.entries.end(), table_.inline_entries);
   }
@@ -45,7 +45,7 @@ class PlanRunner : Launcher {
         return start(launch, &group_index_kernel,
                      GroupIndexParams{.rows = call_.rows,
                                       .index = index_,
-                                      .counts = at<int>(plan_.counts),
+                                      .counts = at<int>(plan_.scratch.counts),
                                       .warps = index_warps(call_.rows)});
       case Kernel::kFewRowsShrink: return start(launch, &few_rows_shrink_kernel, few_rows_params(1));
       case Kernel::kFewRowsExpand: return start(launch, &few_rows_expand_kernel, few_rows_params(launch.feature_tiles));
@@ -65,7 +65,8 @@ class PlanRunner : Launcher {
 
  private:
   WriteEntriesParams write_params(const PlannedLaunch& launch) const {
-    WriteEntriesParams params{.entries = {}, .to = at<GroupedEntry>(plan_.entries) + launch.first_entry, .count = 0};
+    WriteEntriesParams params{
+        .entries = {}, .to = at<GroupedEntry>(plan_.scratch.entries) + launch.first_entry, .count = 0};
     const auto first = static_cast<size_t>(launch.first_entry);
     const auto part = call_.entries.subspan(first, std::min<size_t>(kInlineEntries, call_.entries.size() - first));
     std::copy(part.begin(), part.end(), params.entries);
@@ -85,22 +86,12 @@ class PlanRunner : Launcher {
   FewRowsParams few_rows_params(int64_t column_tiles) const {
     const LoraGroupedForwardParams& p = *call_.forward;
     return {.table = table_,
-            .x = p.x,
-            .mask = p.mask,
-            .y = p.y,
+            .call = p,
             .partial = partials_,
-            .xa = sums_,
-            .in_features = p.in_features,
-            .out_features = p.out_features,
-            .max_rank = p.max_rank,
-            .x_stride = p.x_stride,
             .mask_row_bytes = mask_row_bytes(p.in_features),
-            .features_per_range = plan_.shrink.features_per_range,
+            .features_per_range = plan_.xa.features_per_range,
             .column_tiles = column_tiles,
-            .ranges = static_cast<int>(plan_.shrink.ranges),
-            .dtype = p.dtype,
-            .factor_dtype = p.factor_dtype,
-            .has_dropout = p.threshold > 0,
+            .ranges = static_cast<int>(plan_.xa.ranges),
             .x_aligned = has_aligned_eights(p.x, p.x_stride)};
   }
 
@@ -112,8 +103,8 @@ class PlanRunner : Launcher {
                            .mask = {},
                            .out = partials_ ? partials_ : sums_,
                            .max_rank = max_rank(),
-                           .features_per_range = plan_.shrink.features_per_range,
-                           .ranges = static_cast<int>(plan_.shrink.ranges),
+                           .features_per_range = plan_.xa.features_per_range,
+                           .ranges = static_cast<int>(plan_.xa.ranges),
                            .rank_tiles = launch.rank_tiles,
                            .factor_dtype = factor_dtype()};
     const int64_t num_tokens = call_.rows.num_tokens;
@@ -149,7 +140,7 @@ class PlanRunner : Launcher {
             .total_rank = max_rank(),
             .partial = partials_,
             .out = sums_,
-            .ranges = same_for_all_ranks(static_cast<int>(plan_.shrink.ranges))};
+            .ranges = same_for_all_ranks(static_cast<int>(plan_.xa.ranges))};
   }
 
   // y, or grad_x.
@@ -190,7 +181,7 @@ class PlanRunner : Launcher {
                       : mma::token_matrix<T>(p.x, num_tokens, p.in_features, p.x_stride),
             .small = {of_B ? static_cast<const float*>(p.xa) : sums_, num_tokens, p.max_rank, p.max_rank},
             .mask = p.mask,
-            .partial = at<float>(plan_.factor_partials),
+            .partial = at<float>(plan_.scratch.factor_partials),
             .mask_row_bytes = mask_row_bytes(p.in_features),
             .feature_tiles = launch.feature_tiles,
             .rank_tiles = launch.rank_tiles,
@@ -202,7 +193,7 @@ class PlanRunner : Launcher {
   DType factor_dtype() const { return call_.forward ? call_.forward->factor_dtype : call_.backward->factor_dtype; }
 
   const GroupedCall& call_;
-  const GroupedPlan& plan_;
+  const Plan& plan_;
   GroupTable table_;
   GroupIndex index_;
   float* const partials_;  // [ranges, num_tokens, max_rank]; null: the shrink writes the sums
@@ -210,14 +201,14 @@ class PlanRunner : Launcher {
 };
 
 template <class T>
-void run_launches(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream) {
+void run_launches(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
   PlanRunner<T> runner(call, plan, scratch, stream);
   for (const PlannedLaunch& launch : plan.launches) runner.run(launch);
 }
 
 }  // namespace grouped
 
-void run_plan(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream) {
+void run_plan(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
   with_16_bit_type_of(call.dtype(),
                       [&]<class T>(std::type_identity<T>) { grouped::run_launches<T>(call, plan, scratch, stream); });
 }

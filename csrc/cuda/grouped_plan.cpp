@@ -14,42 +14,39 @@
 namespace lora_ext::cuda {
 namespace {
 
+using namespace grouped;
+
 constexpr int64_t kFloat = sizeof(float);
 
 class GroupedPlanner {
  public:
   GroupedPlanner(const GroupedCall& call, const Gpu& gpu) : call_(call), rows_(call.rows), gpu_(gpu) {}
 
-  GroupedPlan plan() {
+  Plan plan() {
     const auto num_entries = static_cast<int64_t>(call_.entries.size());
-    if (num_entries > grouped::kInlineEntries) {
-      plan_.entries = carver_.take(num_entries * static_cast<int64_t>(sizeof(GroupedEntry)));
-      for (int64_t first = 0; first < num_entries; first += grouped::kInlineEntries) {
-        add({.kernel = Kernel::kWriteEntries,
-             .result = Result::kFactors,
-             .grid_x = 1,
-             .threads = grouped::kInlineEntries,
-             .first_entry = first});
+    if (num_entries > kInlineEntries) {
+      plan_.scratch.entries = carver_.take(num_entries * static_cast<int64_t>(sizeof(GroupedEntry)));
+      for (int64_t first = 0; first < num_entries; first += kInlineEntries) {
+        plan_.add({.kernel = Kernel::kWriteEntries,
+                   .result = Result::kFactors,
+                   .grid_x = 1,
+                   .threads = kInlineEntries,
+                   .first_entry = first});
       }
     }
     call_.forward ? plan_forward(*call_.forward) : plan_backward(*call_.backward);
-    plan_.scratch_bytes = carver_.total_bytes();
+    plan_.scratch.bytes = carver_.total_bytes();
     return std::move(plan_);
   }
 
  private:
-  void add(const PlannedLaunch& launch) {
-    if (launch.grid_x > 0) plan_.launches.push_back(launch);
-  }
-
   void plan_forward(const LoraGroupedForwardParams& p) {
     if (p.threshold > 0) {
-      add({.kernel = Kernel::kDropoutMask,
-           .result = Result::kMask,
-           .grid_x = ceil_div(rows_.num_tokens * mask_row_bytes(p.in_features), grouped::kThreads),
-           .threads = grouped::kThreads});
+      plan_.add({.kernel = Kernel::kDropoutMask,
+                 .result = Result::kMask,
+                 .grid_x = ceil_div(rows_.num_tokens * mask_row_bytes(p.in_features), kThreads)});
     }
-    if (rows_.num_tokens <= grouped::kFewRows && p.max_rank <= grouped::kFewRowsRank) return plan_few_rows(p);
+    if (rows_.num_tokens <= kFewRows && p.max_rank <= kFewRowsRank) return plan_few_rows(p);
     plan_index(false);
     plan_shrink(Result::kXa, p.in_features, p.max_rank);
     plan_expand(Result::kY, p.out_features);
@@ -58,32 +55,28 @@ class GroupedPlanner {
   // Every row by itself. Ranges of features for about two blocks on every SM.
   void plan_few_rows(const LoraGroupedForwardParams& p) {
     const int64_t wanted = ceil_div(2 * gpu_.sms, std::max<int64_t>(rows_.num_tokens, 1));
-    split_features(p.in_features, wanted, grouped::kRangeStep, 0);
-    plan_.rank_partials = carver_.take(rows_.num_tokens * p.max_rank * plan_.shrink.ranges * kFloat);
-    add({.kernel = Kernel::kFewRowsShrink,
-         .result = Result::kXa,
-         .grid_x = rows_.num_tokens * plan_.shrink.ranges,
-         .threads = grouped::kThreads});
-    const int64_t tiles = std::max<int64_t>(ceil_div(p.out_features, grouped::kThreads), 1);
-    add({.kernel = Kernel::kFewRowsExpand,
-         .result = Result::kY,
-         .grid_x = rows_.num_tokens * tiles,
-         .threads = grouped::kThreads,
-         .shared_bytes = shared_bytes_of(static_cast<uint32_t>(p.max_rank * kFloat)),
-         .feature_tiles = tiles});
+    split_features(p.in_features, wanted, kRangeStep, 0);
+    plan_.scratch.rank_partials = carver_.take(rows_.num_tokens * p.max_rank * plan_.xa.ranges * kFloat);
+    plan_.add({.kernel = Kernel::kFewRowsShrink, .result = Result::kXa, .grid_x = rows_.num_tokens * plan_.xa.ranges});
+    const int64_t tiles = std::max<int64_t>(ceil_div(p.out_features, kThreads), 1);
+    plan_.add({.kernel = Kernel::kFewRowsExpand,
+               .result = Result::kY,
+               .grid_x = rows_.num_tokens * tiles,
+               .shared_bytes = shared_bytes_of(static_cast<uint32_t>(p.max_rank * kFloat)),
+               .feature_tiles = tiles});
   }
 
   void plan_index(bool has_chunks) {
-    plan_.order = carver_.take(rows_.num_entries * 4);
-    plan_.begin = carver_.take((rows_.num_groups + grouped::kMoreGroups + 1) * 4);
-    plan_.tiles = carver_.take(grouped::num_tiles(rows_) * 4);
-    plan_.chunks = carver_.take(has_chunks ? grouped::num_chunks(rows_) * 4 : 0);
-    plan_.counts = carver_.take((rows_.num_groups + grouped::kMoreGroups) * grouped::index_warps(rows_) * 4);
-    add({.kernel = Kernel::kGroupIndex, .result = Result::kIndex, .grid_x = 1, .threads = grouped::kIndexThreads});
+    plan_.scratch.order = carver_.take(rows_.num_entries * 4);
+    plan_.scratch.begin = carver_.take((rows_.num_groups + kMoreGroups + 1) * 4);
+    plan_.scratch.tiles = carver_.take(num_tiles(rows_) * 4);
+    plan_.scratch.chunks = carver_.take(has_chunks ? num_chunks(rows_) * 4 : 0);
+    plan_.scratch.counts = carver_.take((rows_.num_groups + kMoreGroups) * index_warps(rows_) * 4);
+    plan_.add({.kernel = Kernel::kGroupIndex, .result = Result::kIndex, .grid_x = 1, .threads = kIndexThreads});
   }
 
   void split_features(int64_t features, int64_t wanted, int64_t step, int64_t least) {
-    PassSplit& split = plan_.shrink;
+    PassSplit& split = plan_.xa;
     split.features_per_range = std::max<int64_t>(ceil_div(ceil_div(features, wanted), step), 1) * step;
     split.ranges = std::max<int64_t>(ceil_div(features, split.features_per_range), least);
   }
@@ -92,37 +85,33 @@ class GroupedPlanner {
   // sum of num_tokens * max_rank.
   void plan_shrink(Result result, int64_t features, int64_t max_rank) {
     constexpr int64_t kMostRanges = 16, kStep = 64;
-    const int64_t tiles = std::max<int64_t>(ceil_div(rows_.num_tokens, grouped::kTileRows), 1);
+    const int64_t tiles = std::max<int64_t>(ceil_div(rows_.num_tokens, kTileRows), 1);
     split_features(features, std::clamp<int64_t>(2 * gpu_.sms / tiles, 1, kMostRanges), kStep, 1);
     const int64_t sums = rows_.num_tokens * max_rank;
-    if (plan_.shrink.ranges > 1) plan_.rank_partials = carver_.take(sums * plan_.shrink.ranges * kFloat);
-    const bool is_small = max_rank <= grouped::kSmallRanks;
-    const int ranks = is_small ? grouped::kSmallRanks : grouped::kLargeRanks;
+    if (plan_.xa.ranges > 1) plan_.scratch.rank_partials = carver_.take(sums * plan_.xa.ranges * kFloat);
+    const bool is_small = max_rank <= kSmallRanks;
+    const int ranks = is_small ? kSmallRanks : kLargeRanks;
     const int64_t rank_tiles = ceil_div(max_rank, ranks);
-    add({.kernel = Kernel::kGroupedShrink,
+    plan_.add(
+        {.kernel = Kernel::kGroupedShrink,
          .result = result,
          .variant = ranks,
-         .grid_x = grouped::num_tiles(rows_) * plan_.shrink.ranges * rank_tiles,
-         .threads = grouped::kShrinkThreads,
-         .shared_bytes = is_small ? grouped::ShrinkTiles<grouped::kSmallRanks>::kSharedBytes
-                                  : grouped::ShrinkTiles<grouped::kLargeRanks>::kSharedBytes,
+         .grid_x = num_tiles(rows_) * plan_.xa.ranges * rank_tiles,
+         .threads = kShrinkThreads,
+         .shared_bytes = is_small ? ShrinkTiles<kSmallRanks>::kSharedBytes : ShrinkTiles<kLargeRanks>::kSharedBytes,
          .rank_tiles = static_cast<int>(rank_tiles)});
-    if (plan_.shrink.ranges > 1) {
-      add({.kernel = Kernel::kRankSums,
-           .result = result,
-           .grid_x = ceil_div(sums, kSumElements),
-           .threads = grouped::kThreads});
+    if (plan_.xa.ranges > 1) {
+      plan_.add({.kernel = Kernel::kRankSums, .result = result, .grid_x = ceil_div(sums, kSumElements)});
     }
   }
 
   void plan_expand(Result result, int64_t columns) {
-    const int64_t tiles = ceil_div(columns, grouped::ExpandTiles::kColumns);
-    add({.kernel = Kernel::kGroupedExpand,
-         .result = result,
-         .grid_x = grouped::num_tiles(rows_) * tiles,
-         .threads = grouped::kThreads,
-         .shared_bytes = grouped::ExpandTiles::kSharedBytes,
-         .feature_tiles = tiles});
+    const int64_t tiles = ceil_div(columns, ExpandTiles::kColumns);
+    plan_.add({.kernel = Kernel::kGroupedExpand,
+               .result = result,
+               .grid_x = num_tiles(rows_) * tiles,
+               .shared_bytes = ExpandTiles::kSharedBytes,
+               .feature_tiles = tiles});
   }
 
   void plan_backward(const LoraGroupedBackwardParams& p) {
@@ -133,44 +122,42 @@ class GroupedPlanner {
     }
     plan_index(true);
     if (p.wants_grad_x || wants_A) {
-      plan_.grad_xa = carver_.take(rows_.num_tokens * p.max_rank * kFloat);
+      plan_.scratch.grad_xa = carver_.take(rows_.num_tokens * p.max_rank * kFloat);
       plan_shrink(Result::kGradXa, p.out_features, p.max_rank);
     }
     if (p.wants_grad_x) plan_expand(Result::kGradX, p.in_features);
     const int64_t features = std::max(wants_A ? p.in_features : 0, wants_B ? p.out_features : 0);
-    plan_.factor_partials = carver_.take(grouped::partial_chunks(rows_) * p.max_rank * features * kFloat);
+    plan_.scratch.factor_partials = carver_.take(partial_chunks(rows_) * p.max_rank * features * kFloat);
     if (wants_A) plan_factor_sums(Result::kGradLoraA, p.in_features, p.max_rank);
     if (wants_B) plan_factor_sums(Result::kGradLoraB, p.out_features, p.max_rank);
   }
 
   void plan_factor_sums(Result result, int64_t features, int64_t max_rank) {
-    using Tiles = grouped::FactorSumsTiles;
+    using Tiles = FactorSumsTiles;
     const bool is_masked = call_.backward->has_dropout && result == Result::kGradLoraA;
     const int64_t feature_tiles = ceil_div(features, Tiles::kFeatures), rank_tiles = ceil_div(max_rank, Tiles::kRanks);
-    add({.kernel = Kernel::kGroupedFactorSums,
-         .result = result,
-         .grid_x = grouped::num_chunks(rows_) * feature_tiles * rank_tiles,
-         .threads = grouped::kThreads,
-         .shared_bytes = Tiles::kSharedBytes + (is_masked ? Tiles::kKeepBytes : 0),
-         .is_masked = is_masked,
-         .rank_tiles = static_cast<int>(rank_tiles),
-         .feature_tiles = feature_tiles});
-    if (grouped::partial_chunks(rows_) == 0) return;
-    add({.kernel = Kernel::kGroupedChunkSums,
-         .result = result,
-         .grid_x = grouped::num_chunks(rows_) * ceil_div(max_rank * features, grouped::kThreads),
-         .threads = grouped::kThreads});
+    plan_.add({.kernel = Kernel::kGroupedFactorSums,
+               .result = result,
+               .grid_x = num_chunks(rows_) * feature_tiles * rank_tiles,
+               .shared_bytes = Tiles::kSharedBytes + (is_masked ? Tiles::kKeepBytes : 0),
+               .is_masked = is_masked,
+               .rank_tiles = static_cast<int>(rank_tiles),
+               .feature_tiles = feature_tiles});
+    if (partial_chunks(rows_) == 0) return;
+    plan_.add({.kernel = Kernel::kGroupedChunkSums,
+               .result = result,
+               .grid_x = num_chunks(rows_) * ceil_div(max_rank * features, kThreads)});
   }
 
   const GroupedCall& call_;
   const GroupedRows& rows_;
   const Gpu& gpu_;
-  GroupedPlan plan_;
+  Plan plan_;
   WorkspaceCarver carver_;
 };
 
 }  // namespace
 
-GroupedPlan make_plan(const GroupedCall& call, const Gpu& gpu) { return GroupedPlanner(call, gpu).plan(); }
+Plan make_plan(const GroupedCall& call, const Gpu& gpu) { return GroupedPlanner(call, gpu).plan(); }
 
 }  // namespace lora_ext::cuda

@@ -21,12 +21,10 @@ void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuSt
                       [&]<class T>(std::type_identity<T>) { mma::run_launches<T>(call, plan, scratch, stream); });
 }
 
-constexpr int kMaskThreads = 256;
-
 // Every thread writes one byte, from one Philox call.
-__global__ void __launch_bounds__(kMaskThreads) dropout_mask_kernel(const __grid_constant__ DropoutMaskParams p) {
+__global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_constant__ DropoutMaskParams p) {
   ptx::wait_for_earlier_launches();
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= p.num_tokens * p.row_bytes) return;
   const int64_t row = index / p.row_bytes;
   const uint32_t block = static_cast<uint32_t>(index % p.row_bytes);
@@ -35,7 +33,7 @@ __global__ void __launch_bounds__(kMaskThreads) dropout_mask_kernel(const __grid
 
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream) {
   const int64_t num_bytes = params.num_tokens * params.row_bytes;
-  launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kMaskThreads)), kMaskThreads, 0, stream, params);
+  launch(&dropout_mask_kernel, make_grid(ceil_div(num_bytes, kThreads)), kThreads, 0, stream, params);
 }
 
 #if defined(__CUDACC__)  // tests/simt has no CUDA runtime to ask

@@ -23,7 +23,7 @@ struct DropoutMaskParams {
 
 // Starts the launches of a plan. scratch: plan.scratch.bytes, aligned to 16 bytes.
 void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream);
-void run_plan(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream);
+void run_plan(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream);
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream);
 
 // Whether launches may overlap on the current device: kernels that were compiled for an older architecture do not wait

@@ -313,48 +313,4 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   }
 }
 
-// Returns the number of tiles per block: many tiles read lora_A less often, few fill the GPU with small layers.
-inline int plan_tiles_per_block(int64_t num_tiles, int64_t sms) {
-  constexpr int64_t kEnoughBlocks = 4;  // for each SM, two at a time
-  return static_cast<int>(std::clamp<int64_t>(num_tiles / (kEnoughBlocks * sms), 1, 4));
-}
-
-template <class T>
-bool takes_16_bytes(const MergeLayer& layer) {
-  const bool strides_fit = layer.weight_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0 || layer.out_features == 1;
-  return reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0 && strides_fit;
-}
-
-template <class T, class Rounding>
-auto merge_kernel_of(MergeMode mode) {
-  return mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan, Rounding>
-         : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge, Rounding>
-         : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord, Rounding>
-                                           : &merge_kernel<T, MergeMode::kUnmerge, Rounding>;
-}
-
-template <class T>
-void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
-                     const GpuStream& stream) {
-  MergeLaunch p{};
-  p.params = params;
-  int64_t num_tiles = 0;
-  for (int64_t i = 0; i < num_layers; ++i) {
-    num_tiles += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows) * merge_segments(layers[i].in_features);
-  }
-  p.tiles_per_block = plan_tiles_per_block(num_tiles, stream.sms);
-  int64_t num_blocks = 0;
-  for (int64_t i = 0; i < num_layers; ++i) {
-    if (layers[i].out_features == 0 || layers[i].in_features == 0) continue;
-    p.layers[p.num_layers++] = {layers[i], grid_size(num_blocks), takes_16_bytes<T>(layers[i])};
-    num_blocks += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows * p.tiles_per_block) *
-                  merge_segments(layers[i].in_features);
-  }
-  auto kernel = merge_kernel_of<T, Nearest>(mode);
-  if constexpr (sizeof(T) == 2) {
-    if (params.stochastic) kernel = merge_kernel_of<T, Stochastic>(mode);
-  }
-  launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
-}
-
 }  // namespace lora_ext::cuda

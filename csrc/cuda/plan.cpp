@@ -106,12 +106,10 @@ struct ExpandOutputShape {
 
 class Planner {
  public:
-  Planner(const LoraCall& call, const Gpu& gpu) : call_(call), gpu_(gpu) {
-    plan_.scratch.packed_B.fill(Scratch::kNone);
-    plan_.scratch.partial_B.fill(Scratch::kNone);
-  }
+  Planner(const LoraCall& call, const Gpu& gpu) : call_(call), gpu_(gpu) {}
 
   Plan plan() {
+    plan_.launches.reserve(kMostLaunches);
     plan_.streams_weights = streams_weights();
     if (call_.expand_backward) split_grad_y();
     plan_pack();
@@ -121,13 +119,11 @@ class Planner {
     if (call_.shrink_backward) plan_shrink_backward();
     if (call_.expand_backward || call_.shrink_backward) plan_gradients();
     plan_.scratch.bytes = carver_.total_bytes();
-    return plan_;
+    return std::move(plan_);
   }
 
  private:
-  void add(const PlannedLaunch& launch) {
-    if (launch.grid_x > 0 && launch.grid_y > 0) plan_.all_launches[plan_.num_launches++] = launch;
-  }
+  static constexpr int kMostLaunches = 8;  // of most calls
 
   // --- packed factors ---
 
@@ -157,11 +153,10 @@ class Planner {
         pack_job(end - p->siblings[s].rank_begin, p->in_features);
       }
     }
-    add({.kernel = Kernel::kPackFactors,
-         .result = Result::kFactors,
-         .grid_x = most_pack_tiles_,
-         .grid_y = num_packed_,
-         .threads = kThreads});
+    plan_.add({.kernel = Kernel::kPackFactors,
+               .result = Result::kFactors,
+               .grid_x = most_pack_tiles_,
+               .grid_y = num_packed_});
   }
 
   template <class Params>
@@ -191,24 +186,21 @@ class Planner {
   void add_partials(const Params& p, Result result) {
     if (!pending_) return;
     pending_ = false;
-    add({.kernel = Kernel::kRankSums,
-         .result = result,
-         .grid_x = ceil_div(p.num_tokens * p.total_rank, kSumElements),
-         .threads = kThreads});
+    plan_.add(
+        {.kernel = Kernel::kRankSums, .result = result, .grid_x = ceil_div(p.num_tokens * p.total_rank, kSumElements)});
   }
 
   void add_shrink(Result result, const PassSplit& split, int64_t rank, bool draws, int sibling) {
     const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
     const auto add_tiles = [&](int64_t first, int64_t count) {
-      add({.kernel = Kernel::kShrink,
-           .result = result,
-           .variant = static_cast<int>(ranks),
-           .grid_x = count * split.ranges * split.chunks,
-           .threads = kThreads,
-           .shared_bytes = shared_bytes_of_tiles<LayerShrinkTiles>(ranks),
-           .sibling = sibling,
-           .first_rank_tile = static_cast<int>(first),
-           .rank_tiles = static_cast<int>(count)});
+      plan_.add({.kernel = Kernel::kShrink,
+                 .result = result,
+                 .variant = static_cast<int>(ranks),
+                 .grid_x = count * split.ranges * split.chunks,
+                 .shared_bytes = shared_bytes_of_tiles<LayerShrinkTiles>(ranks),
+                 .sibling = sibling,
+                 .first_rank_tile = static_cast<int>(first),
+                 .rank_tiles = static_cast<int>(count)});
     };
     if (draws) {  // the first tile of ranks draws the mask, the others read it
       add_tiles(0, std::min<int64_t>(tiles, 1));
@@ -263,12 +255,11 @@ class Planner {
     if (rank > kShortRank) {
       add_partials(p, small_operand);
       const int64_t col_tiles = divide_columns(outputs, kLongCols, split);
-      return add({.kernel = Kernel::kExpandLong,
-                  .result = result,
-                  .grid_x = ceil_div(p.num_tokens, kLongRows),
-                  .grid_y = col_tiles,
-                  .threads = kThreads,
-                  .shared_bytes = kLongSharedBytes});
+      return plan_.add({.kernel = Kernel::kExpandLong,
+                        .result = result,
+                        .grid_x = ceil_div(p.num_tokens, kLongRows),
+                        .grid_y = col_tiles,
+                        .shared_bytes = kLongSharedBytes});
     }
     split.row_warps = 1;
     while (split.row_warps < kWarps && split.row_warps * kPieceRows < p.num_tokens) split.row_warps *= 2;
@@ -293,13 +284,12 @@ class Planner {
       const int64_t elements = padded_ranks(outputs[s].rank) * split.tile_cols[s];
       split.factor_tile_elements = std::max(split.factor_tile_elements, static_cast<uint32_t>(elements));
     }
-    add({.kernel = Kernel::kExpandShort,
-         .result = result,
-         .variant = rank <= 16 ? 1 : static_cast<int>(kShortRank / 16),
-         .grid_x = row_tiles,
-         .grid_y = col_tiles,
-         .threads = kThreads,
-         .shared_bytes = shared_bytes_of(split.factor_tile_elements * 2)});
+    plan_.add({.kernel = Kernel::kExpandShort,
+               .result = result,
+               .variant = rank <= 16 ? 1 : static_cast<int>(kShortRank / 16),
+               .grid_x = row_tiles,
+               .grid_y = col_tiles,
+               .shared_bytes = shared_bytes_of(split.factor_tile_elements * 2)});
   }
 
   void plan_y() {
@@ -326,7 +316,8 @@ class Planner {
       const LoraExpandSibling& sibling = call_.expand->siblings[s];
       const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
                          sibling.out_features > 0 && sibling.base == nullptr;
-      if (!suits || !aligned(call_.weights->data[s], call_.weights->strides[s])) return false;
+      const BaseWeights& weights = *call_.weights;
+      if (!suits || weights.column_strides[s] != 1 || !aligned(weights.data[s], weights.strides[s])) return false;
     }
     return true;
   }
@@ -363,12 +354,11 @@ class Planner {
                                                  : &few_tokens_shared_bytes<4>;
     plan_.y.adds_partials = pending_;
     pending_ = false;
-    add({.kernel = Kernel::kFewTokens,
-         .result = Result::kY,
-         .variant = token_tiles,
-         .grid_x = blocks,
-         .threads = kThreads,
-         .shared_bytes = shared_bytes(plan_.row_tiles)});
+    plan_.add({.kernel = Kernel::kFewTokens,
+               .result = Result::kY,
+               .variant = token_tiles,
+               .grid_x = blocks,
+               .shared_bytes = shared_bytes(plan_.row_tiles)});
   }
 
   // --- the backward ---
@@ -399,14 +389,13 @@ class Planner {
 
   void add_token_sum(Result result, const PassSplit& split, int64_t rank, bool has_mask, int sibling) {
     const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
-    add({.kernel = Kernel::kTokenSum,
-         .result = result,
-         .variant = static_cast<int>(ranks),
-         .grid_x = tiles * split.ranges * split.chunks,
-         .threads = kThreads,
-         .shared_bytes = token_sum_shared_bytes(ranks, has_mask),
-         .sibling = sibling,
-         .rank_tiles = static_cast<int>(tiles)});
+    plan_.add({.kernel = Kernel::kTokenSum,
+               .result = result,
+               .variant = static_cast<int>(ranks),
+               .grid_x = tiles * split.ranges * split.chunks,
+               .shared_bytes = token_sum_shared_bytes(ranks, has_mask),
+               .sibling = sibling,
+               .rank_tiles = static_cast<int>(tiles)});
   }
 
   // The sums of a gradient's chunks. Partial sums over tokens are written in pairs.
@@ -438,12 +427,11 @@ class Planner {
       if (p.wants_grad_lora_B) add_token_sum(Result::kGradLoraB, pass.features, sibling.rank, false, s);
     }
     const int64_t variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
-    add({.kernel = Kernel::kShrinkAndSum,
-         .result = Result::kGradXa,
-         .variant = static_cast<int>(variant),
-         .grid_x = blocks,
-         .threads = kThreads,
-         .shared_bytes = shrink_and_sum_shared_bytes(variant)});
+    plan_.add({.kernel = Kernel::kShrinkAndSum,
+               .result = Result::kGradXa,
+               .variant = static_cast<int>(variant),
+               .grid_x = blocks,
+               .shared_bytes = shrink_and_sum_shared_bytes(variant)});
     if (!call_.shrink_backward) add_partials(p, Result::kGradXa);
   }
 
@@ -476,11 +464,10 @@ class Planner {
     if (const auto* p = call_.expand_backward; p && p->wants_grad_lora_B) {
       for (int s = 0; s < p->num_siblings; ++s) gradient(p->siblings[s].rank, p->siblings[s].out_features);
     }
-    add({.kernel = Kernel::kGradientSums,
-         .result = Result::kGradients,
-         .grid_x = ceil_div(largest, kSumElements),
-         .grid_y = count,
-         .threads = kThreads});
+    plan_.add({.kernel = Kernel::kGradientSums,
+               .result = Result::kGradients,
+               .grid_x = ceil_div(largest, kSumElements),
+               .grid_y = count});
   }
 
   const LoraCall& call_;

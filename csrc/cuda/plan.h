@@ -16,11 +16,11 @@
 #include <array>
 #include <cstdint>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "../common/params.h"
 #include "grouped.h"
+#include "sizes.h"
 
 namespace lora_ext::cuda {
 
@@ -29,7 +29,8 @@ struct Gpu {
   int sms = 132;  // of an H100
 };
 
-// The parts of a call; null: not in this one. A forward is a shrink and an expand, a backward both of their backwards.
+// The parts of a call; null: not in this one. A forward is a shrink and an expand, a backward both of their backwards;
+// lora_shrink and lora_expand are one of them.
 struct LoraCall {
   const LoraShrinkParams* shrink = nullptr;
   const LoraExpandParams* expand = nullptr;
@@ -37,15 +38,17 @@ struct LoraCall {
   const LoraShrinkBackwardParams* shrink_backward = nullptr;
   const BaseWeights* weights = nullptr;  // of a forward without bases: the plan may compute the base layers, too
 
-  LoraCall(const LoraShrinkParams& p) : shrink(&p) {}
-  LoraCall(const LoraExpandParams& p) : expand(&p) {}
-  LoraCall(const LoraExpandBackwardParams& p) : expand_backward(&p) {}
-  LoraCall(const LoraShrinkBackwardParams& p) : shrink_backward(&p) {}
-  LoraCall(const LoraBackwardParams& p) : expand_backward(&p.expand), shrink_backward(&p.shrink) {}
+  LoraCall(const LoraBackwardParams& p) : expand_backward(part_of(p.expand)), shrink_backward(part_of(p.shrink)) {}
   LoraCall(const LoraForwardParams& p, const BaseWeights* base_weights = nullptr)
-      : shrink(&p.shrink), expand(&p.expand), weights(base_weights) {}
+      : shrink(part_of(p.shrink)), expand(part_of(p.expand)), weights(base_weights) {}
 
   DType dtype() const;  // of x
+
+ private:
+  template <class Params>
+  static const Params* part_of(const Params& p) {
+    return p.num_siblings > 0 ? &p : nullptr;
+  }
 };
 
 // A call of lora_grouped_ or of its backward: one of the first two is not null.
@@ -84,18 +87,28 @@ enum class Kernel : uint8_t {
   kGroupedFactorSums,
   kGroupedChunkSums,
 };
-const char* name_of(Kernel kernel);  // of the function, without "_kernel"
+// Of the functions, without "_kernel".
+inline constexpr const char* kKernelNames[] = {"pack_factors",        "shrink",
+                                               "shrink_and_sum",      "token_sum",
+                                               "rank_sums",           "expand_short",
+                                               "expand_long",         "few_tokens",
+                                               "gradient_sums",       "write_entries",
+                                               "dropout_mask",        "group_index",
+                                               "few_rows_shrink",     "few_rows_expand",
+                                               "grouped_shrink",      "grouped_expand",
+                                               "grouped_factor_sums", "grouped_chunk_sums"};
 
 // The result that a launch computes. shrink_and_sum computes grad_lora_B, too.
 enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients, kMask, kIndex };
-const char* name_of(Result result);
+inline constexpr const char* kResultNames[] = {"factors",     "xa",          "y",         "grad_xa", "grad_x",
+                                               "grad_lora_A", "grad_lora_B", "gradients", "mask",    "index"};
 
 struct PlannedLaunch {
   Kernel kernel;
   Result result;
   int variant = 0;  // shrink, sums: ranks of a block; expand_short: steps of 16 ranks; few_tokens: tiles of 8 tokens
   int64_t grid_x, grid_y = 1;
-  int threads;
+  int threads = kThreads;
   uint32_t shared_bytes = 0;
   bool is_masked = false;                   // of a grouped sum
   int sibling = 0;                          // of a pass over one grad_y
@@ -136,45 +149,36 @@ struct Scratch {
   int64_t grad_xa = kNone;                     // of a backward: float32 [num_tokens, total_rank]
   int64_t partial_A = kNone;  // of grad_lora_A: float32 [chunks, total_rank, partial_pitch(in_features)]
   std::array<int64_t, kMaxSiblings> partial_B;
+  // of lora_grouped_:
+  int64_t entries = kNone;                              // the table of many entries
+  int64_t order = 0, begin = 0, tiles = 0, chunks = 0;  // the index (grouped/group_index.cuh)
+  int64_t counts = 0;                                   // from which it is made
+  int64_t factor_partials = kNone;                      // of grad_lora_As, then of grad_lora_Bs
   int64_t bytes = 0;
+
+  Scratch() {
+    packed_B.fill(kNone);
+    partial_B.fill(kNone);
+  }
 };
 
 struct Plan {
-  PassSplit xa, grad_A;  // passes over x
+  PassSplit xa, grad_A;  // passes over x; of lora_grouped_, xa is that of grad_xa, too
   std::array<GradYPass, kMaxSiblings> grad_y = {};
   ExpandSplit y, grad_x;
   bool streams_weights = false;                        // few_tokens computes the base layers, too
   int row_tiles = 0;                                   // of 16 rows of a weight, in a block of few_tokens
   std::array<int64_t, kMaxSiblings> first_block = {};  // of few_tokens
   Scratch scratch;
+  std::vector<PlannedLaunch> launches;  // in order
 
-  // The launches, in order.
-  std::span<const PlannedLaunch> launches() const { return {all_launches.data(), static_cast<size_t>(num_launches)}; }
-  static constexpr int kMostLaunches = 7 + 2 * kMaxSiblings;
-  std::array<PlannedLaunch, kMostLaunches> all_launches = {};
-  int num_launches = 0;
+  void add(const PlannedLaunch& launch) {
+    if (launch.grid_x > 0 && launch.grid_y > 0) launches.push_back(launch);
+  }
 };
 
+// The grids of a GroupedCall have a size that suits every choice of the rows.
 Plan make_plan(const LoraCall& call, const Gpu& gpu);
-
-// The plan of a GroupedCall. Grids have a size that suits every choice of the rows.
-struct GroupedPlan {
-  PassSplit shrink;               // ranges of features, of xa or grad_xa
-  int64_t entries = 0;            // byte offsets, as in Scratch: the table of many entries
-  int64_t order = 0, begin = 0;   // the index: entries sorted by group, and where groups begin
-  int64_t tiles = 0, chunks = 0;  // the index: groups of tiles and of chunks
-  int64_t counts = 0;             // from which it is made
-  int64_t rank_partials = Scratch::kNone, grad_xa = Scratch::kNone, factor_partials = Scratch::kNone;
-  int64_t scratch_bytes = 0;
-  std::vector<PlannedLaunch> launches;
-};
-
-GroupedPlan make_plan(const GroupedCall& call, const Gpu& gpu);
-
-std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu);
-std::string to_string(const GroupedCall& call, const GroupedPlan& plan, const Gpu& gpu);
-// The blocks of one launch: "64 chunks of 128 tokens x 2 ranges of 2048 features".
-std::string describe(const Plan& plan, const PlannedLaunch& launch);
-std::string describe(const GroupedPlan& plan, const PlannedLaunch& launch);
+Plan make_plan(const GroupedCall& call, const Gpu& gpu);
 
 }  // namespace lora_ext::cuda

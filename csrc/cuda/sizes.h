@@ -16,6 +16,7 @@ LORA_EXT_HOST_DEVICE constexpr uint32_t shared_bytes_of(uint32_t bytes) {
   return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
 }
 
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block, where a kernel has no number of its own
 constexpr int kEight = 8;  // neighbouring elements: 16 bytes of a 16-bit dtype, the bits of a byte of the dropout mask
 constexpr int kSumElements = 64;  // of a block that adds partial sums
 

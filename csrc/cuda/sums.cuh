@@ -82,7 +82,7 @@ struct FeaturePartials {
 
 // A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
 // walks through many chunks alone if there are few elements (decode).
-constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kSumElements;
+constexpr int kSumGroups = kThreads / kSumElements;
 
 // Shared memory of a block for its groups' sums.
 using GroupSums = float[kSumGroups][kSumElements];
@@ -115,7 +115,7 @@ struct RankSumsParams {
 
 // The kernels are templates so that several sources can include them. Sum: float
 template <class Sum>
-__global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams p) {
+__global__ void __launch_bounds__(kThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams p) {
   ptx::wait_for_earlier_launches();
   __shared__ GroupSums group_sums;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
@@ -140,7 +140,7 @@ struct GradientSumsParams {
 
 // blockIdx.y is the gradient.
 template <class Sum>
-__global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
+__global__ void __launch_bounds__(kThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
   ptx::wait_for_earlier_launches();
   __shared__ GroupSums group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];

@@ -16,11 +16,7 @@ static GpuStream stream_of(int sms) { return {.stream = nullptr, .device = 0, .s
     run_plan(*p, make_plan(*p, {sms}), scratch, stream_of(sms));                                                 \
   }
 
-EXPORT_PLAN(LoraShrinkParams)
-EXPORT_PLAN(LoraExpandParams)
 EXPORT_PLAN(LoraForwardParams)
-EXPORT_PLAN(LoraExpandBackwardParams)
-EXPORT_PLAN(LoraShrinkBackwardParams)
 EXPORT_PLAN(LoraBackwardParams)
 
 // Forwards with their base layers, for few tokens.
@@ -45,7 +41,7 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
 #define EXPORT_GROUPED(Params)                                                                                         \
   EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
                                         int64_t num_entries, int sms) {                                                \
-    return make_plan({*p, *rows, {entries, entries + num_entries}}, {sms}).scratch_bytes;                              \
+    return make_plan({*p, *rows, {entries, entries + num_entries}}, {sms}).scratch.bytes;                              \
   }                                                                                                                    \
   EXPORT void run_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries, int64_t num_entries, \
                            void* scratch, int sms) {                                                                   \
@@ -60,9 +56,9 @@ EXPORT_GROUPED(LoraGroupedBackwardParams)
 EXPORT void run_group_index(const LoraGroupedForwardParams* p, const GroupedRows* rows, void* scratch,
                             int64_t* places) {
   const GroupedCall call(*p, *rows, {});
-  GroupedPlan plan = make_plan(call, {});
+  Plan plan = make_plan(call, {});
   std::erase_if(plan.launches, [](const PlannedLaunch& launch) { return launch.kernel != Kernel::kGroupIndex; });
   run_plan(call, plan, scratch, stream_of(1));
-  places[0] = plan.order;
-  places[1] = plan.begin;
+  places[0] = plan.scratch.order;
+  places[1] = plan.scratch.begin;
 }

@@ -117,7 +117,8 @@ def lora_forward(
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
         s.base = s.y if ys else None
         if streams:
-            base.data[i], base.strides[i] = library.upload(layer.weight, "weight"), layer.weight.stride(0)
+            base.data[i] = library.upload(layer.weight, "weight")
+            base.strides[i], base.column_strides[i] = layer.weight.stride()
     if streams:
         assert library.c.streams(ctypes.byref(p), ctypes.byref(base)), "the kernel for few tokens does not take this"
     run(p, library, base)
@@ -185,9 +186,9 @@ def lora_backward(
     return result
 
 
-def _single(params_type, like: Tensor, factor: Tensor, rank: int) -> ctypes.Structure:
-    """Parameters of one product of one layer, without dropout and scaling."""
-    p = params_type(num_tokens=len(like), total_rank=rank, num_siblings=1)
+def _single(p: ctypes.Structure, like: Tensor, factor: Tensor, rank: int) -> ctypes.Structure:
+    """Fills in and returns a half of a call: one product of one layer, without dropout and scaling."""
+    p.num_tokens, p.total_rank, p.num_siblings = len(like), rank, 1
     p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[factor.dtype]
     p.siblings[0].rank = rank
     return p
@@ -196,25 +197,27 @@ def _single(params_type, like: Tensor, factor: Tensor, rank: int) -> ctypes.Stru
 def shrink(x: Tensor, lora_A: Tensor) -> Tensor:
     library = kernels()
     library.reset()
-    p = _single(params.LoraShrinkParams, x, lora_A, rank=lora_A.shape[0])
+    call = params.LoraForwardParams()
+    p = _single(call.shrink, x, lora_A, rank=lora_A.shape[0])
     s, acc = p.siblings[0], accumulation_dtype(x.dtype)
     p.x, p.x_stride, p.in_features = library.upload(x, "x"), x.stride(0), lora_A.shape[1]
     s.lora_A, s.scale = library.upload(lora_A, "lora_A"), 1.0
     p.xa = library.allocate(p.num_tokens * p.total_rank * acc.itemsize, "xa")
-    run(p, library)
+    run(call, library)
     return library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
 
 
 def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     library = kernels()
     library.reset()
-    p = _single(params.LoraExpandParams, base, lora_B, rank=lora_B.shape[1])
+    call = params.LoraForwardParams()
+    p = _single(call.expand, base, lora_B, rank=lora_B.shape[1])
     s = p.siblings[0]
     s.out_features = lora_B.shape[0]
     p.xa, s.lora_B = library.upload(xa, "xa"), library.upload(lora_B, "lora_B")
     s.base, s.bias = library.upload(base, "base"), library.upload(bias, "bias")
     s.y = library.allocate(base.numel() * base.itemsize, "y")
-    run(p, library)
+    run(call, library)
     return library.download(s.y, tuple(base.shape), base.dtype, "y")
 
 
@@ -224,7 +227,8 @@ def shrink_backward(
     library = kernels()
     library.reset()
     want_x, want_A = output_mask
-    p = _single(params.LoraShrinkBackwardParams, x, lora_A, rank=lora_A.shape[0])
+    call = params.LoraBackwardParams()
+    p = _single(call.shrink, x, lora_A, rank=lora_A.shape[0])
     s = p.siblings[0]
     p.in_features = lora_A.shape[1]
     p.wants_grad_x, p.wants_grad_lora_A = output_mask
@@ -234,7 +238,7 @@ def shrink_backward(
     if want_A:
         p.x, p.x_stride = library.upload(x, "x"), x.stride(0)
         s.grad_lora_A = library.allocate(lora_A.numel() * lora_A.itemsize, "grad_lora_A")
-    run(p, library)
+    run(call, library)
     return (
         library.download(p.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None,
         library.download(s.grad_lora_A, tuple(lora_A.shape), lora_A.dtype, "grad_lora_A") if want_A else None,
@@ -247,7 +251,8 @@ def expand_backward(
     library = kernels()
     library.reset()
     want_xa, want_B = output_mask
-    p = _single(params.LoraExpandBackwardParams, grad_y, lora_B, rank=lora_B.shape[1])
+    call = params.LoraBackwardParams()
+    p = _single(call.expand, grad_y, lora_B, rank=lora_B.shape[1])
     s, acc = p.siblings[0], accumulation_dtype(grad_y.dtype)
     s.out_features, s.scale = lora_B.shape[0], 1.0
     s.grad_y, s.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
@@ -258,7 +263,7 @@ def expand_backward(
     if want_B:
         p.xa = library.upload(xa, "xa")
         s.grad_lora_B = library.allocate(lora_B.numel() * lora_B.itemsize, "grad_lora_B")
-    run(p, library)
+    run(call, library)
     return (
         library.download(p.grad_xa, (p.num_tokens, p.total_rank), acc, "grad_xa") if want_xa else None,
         library.download(s.grad_lora_B, tuple(lora_B.shape), lora_B.dtype, "grad_lora_B") if want_B else None,

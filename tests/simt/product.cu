@@ -39,8 +39,8 @@ struct ProductParams {
   int bug;
 };
 
-constexpr int kThreads = 64, kWarps = kThreads / 32;
-constexpr int kBlockM = 16 * kWarps, kBlockN = 8, kBlockK = 32, kStages = 3;
+constexpr int kProductThreads = 64, kProductWarps = kProductThreads / 32;
+constexpr int kBlockM = 16 * kProductWarps, kBlockN = 8, kBlockK = 32, kStages = 3;
 constexpr int kCopy = 8;  // elements of a cp.async
 constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kBlockM * kBlockK * sizeof(uint16_t)) +
                                   shared_bytes_of(kStages * kBlockN * kBlockK * sizeof(uint16_t));
@@ -50,7 +50,7 @@ template <int kRows>
 __device__ __forceinline__ void fetch_tile(uint16_t* tile, const uint16_t* matrix, int row0, int rows, int col0,
                                            int cols, int stride, int bug) {
   constexpr int kCopiesInRow = kBlockK / kCopy;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kCopiesInRow; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kCopiesInRow; i += kProductThreads) {
     const int row = row0 + i / kCopiesInRow, col = col0 + i % kCopiesInRow * kCopy;
     const bool inside = row < rows && col < cols;
     if (bug == uninitialised_read && !inside) continue;
@@ -60,14 +60,14 @@ __device__ __forceinline__ void fetch_tile(uint16_t* tile, const uint16_t* matri
   }
 }
 
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductParams p) {
+__global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_constant__ ProductParams p) {
   if (p.bug != earlier_launch_not_waited || threadIdx.x < 40) ptx::wait_for_earlier_launches();
   SharedMemory memory;
   const int w_stages = p.bug == shared_memory_layout && threadIdx.x == 1 ? kStages - 1 : kStages;
   uint16_t* x_tiles = memory.take<uint16_t>(kStages * kBlockM * kBlockK, "x_tiles");
   uint16_t* w_tiles = memory.take<uint16_t>(w_stages * kBlockN * kBlockK, "w_tiles");  // shared-memory-layout
-  alignas(16) __shared__ float staged[kWarps][16 * kBlockN];
-  __shared__ uint32_t warp_positives[kWarps];
+  alignas(16) __shared__ float staged[kProductWarps][16 * kBlockN];
+  __shared__ uint32_t warp_positives[kProductWarps];
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int row0 = static_cast<int>(blockIdx.x) * kBlockM, tiles = (p.cols + kBlockK - 1) / kBlockK;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   __syncthreads();
   if (thread == 0) {
     uint32_t total = 0;
-    for (int i = 0; i < kWarps; ++i) total += warp_positives[i];
+    for (int i = 0; i < kProductWarps; ++i) total += warp_positives[i];
     if (p.bug == race_global) {
       *p.positives += total;  // race-global
     } else {
@@ -142,5 +142,5 @@ extern "C" __attribute__((visibility("default"))) void run_product(const lora_ex
   using namespace lora_ext::cuda;
   const GpuStream on{.stream = nullptr, .device = 0, .sms = 1, .overlaps_launches = true};
   const int blocks = static_cast<int>(ceil_div(params->rows, kBlockM));  // host-access
-  launch(&product_kernel, make_grid(blocks), kThreads, shared_bytes ? shared_bytes : kSharedBytes, on, *params);
+  launch(&product_kernel, make_grid(blocks), kProductThreads, shared_bytes ? shared_bytes : kSharedBytes, on, *params);
 }

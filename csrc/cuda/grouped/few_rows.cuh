@@ -20,20 +20,16 @@ namespace lora_ext::cuda::grouped {
 
 struct FewRowsParams {
   GroupTable table;
-  const void* x;        // [num_tokens, in_features], dtype
-  const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
-  void* y;              // [num_tokens, out_features], dtype
-  float* partial;       // [ranges, num_tokens, max_rank]
-  float* xa;            // [num_tokens, max_rank]
-  int64_t in_features, out_features, max_rank, x_stride, mask_row_bytes, features_per_range, column_tiles;
+  LoraGroupedForwardParams call;
+  float* partial;  // [ranges, num_tokens, max_rank]
+  int64_t mask_row_bytes, features_per_range, column_tiles;
   int ranges;
-  DType dtype, factor_dtype;
-  bool has_dropout, x_aligned;
+  bool x_aligned;
 };
 
 __device__ __forceinline__ Group group_of_row(const FewRowsParams& p, int64_t row) {
   const GroupedRows& rows = p.table.rows;
-  return find_group(p.table, group_number(rows, rows.group_of_row[row / rows.rows_per_entry]), p.factor_dtype);
+  return find_group(p.table, group_number(rows, rows.group_of_row[row / rows.rows_per_entry]), p.call.factor_dtype);
 }
 
 // The grid: rows, and ranges of features. A warp has the ranks warp and warp + 8 of every 16.
@@ -43,20 +39,20 @@ __global__ void __launch_bounds__(kThreads, 4) few_rows_shrink_kernel(const __gr
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const Group group = group_of_row(p, row);
   const bool aligned = has_aligned_eights(group.lora_A, group.A_stride);
-  const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.in_features);
-  float* out = p.partial + (range * p.table.rows.num_tokens + row) * p.max_rank;
+  const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.call.in_features);
+  float* out = p.partial + (range * p.table.rows.num_tokens + row) * p.call.max_rank;
   for (int64_t rank0 = warp; rank0 < group.rank; rank0 += 2 * kWarps) {
     const bool has_second = rank0 + kWarps < group.rank;
     float sum[2] = {};
     for (int64_t column = begin + lane * kEight; column < end; column += kRangeStep) {
       const int count = inside(column, end);
-      Eight x = load_eight(p.x, row * p.x_stride + column, count, p.x_aligned, p.dtype);
-      if (p.has_dropout) drop(x.v, p.mask[row * p.mask_row_bytes + column / 8]);
+      Eight x = load_eight(p.call.x, row * p.call.x_stride + column, count, p.x_aligned, p.call.dtype);
+      if (p.call.threshold > 0) drop(x.v, p.call.mask[row * p.mask_row_bytes + column / 8]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i == 1 && !has_second) break;
         const int64_t at = (rank0 + i * kWarps) * group.A_stride + column;
-        const Eight factor = load_eight(group.lora_A, at, count, aligned, p.factor_dtype);
+        const Eight factor = load_eight(group.lora_A, at, count, aligned, p.call.factor_dtype);
 #pragma unroll
         for (int e = 0; e < kEight; ++e) sum[i] += x.v[e] * factor.v[e];
       }
@@ -74,36 +70,36 @@ __global__ void __launch_bounds__(kThreads, 4) few_rows_shrink_kernel(const __gr
 __global__ void __launch_bounds__(kThreads, 4) few_rows_expand_kernel(const __grid_constant__ FewRowsParams p) {
   ptx::wait_for_earlier_launches();
   SharedMemory shared;
-  float* xa = shared.take<float>(static_cast<uint32_t>(p.max_rank), "xa of a row");
+  float* xa = shared.take<float>(static_cast<uint32_t>(p.call.max_rank), "xa of a row");
   const int64_t row = blockIdx.x / p.column_tiles, tile = blockIdx.x % p.column_tiles;
   const Group group = group_of_row(p, row);
-  for (int64_t rank = threadIdx.x; rank < p.max_rank; rank += kThreads) {
+  for (int64_t rank = threadIdx.x; rank < p.call.max_rank; rank += kThreads) {
     float sum = 0;
     if (rank < group.rank) {
 #pragma unroll 4
       for (int range = 0; range < p.ranges; ++range) {
-        sum += p.partial[(range * p.table.rows.num_tokens + row) * p.max_rank + rank];
+        sum += p.partial[(range * p.table.rows.num_tokens + row) * p.call.max_rank + rank];
       }
     }
     xa[rank] = sum;
-    if (tile == 0) p.xa[row * p.max_rank + rank] = sum;
+    if (tile == 0) static_cast<float*>(p.call.xa)[row * p.call.max_rank + rank] = sum;
   }
   __syncthreads();
   const int64_t column = tile * kThreads + threadIdx.x;
-  if (column >= p.out_features || (group.rank == 0 && group.added == 0.0f)) return;
+  if (column >= p.call.out_features || (group.rank == 0 && group.added == 0.0f)) return;
   const bool aligned = has_aligned_eights(group.lora_B, group.B_stride);
   float sum = group.added;
 #pragma unroll 2
   for (int64_t rank = 0; rank < group.rank; rank += kEight) {
     const int count = inside(rank, group.rank);
-    const Eight factor = load_eight(group.lora_B, column * group.B_stride + rank, count, aligned, p.factor_dtype);
+    const Eight factor = load_eight(group.lora_B, column * group.B_stride + rank, count, aligned, p.call.factor_dtype);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
       if (e < count) sum += xa[rank + e] * factor.v[e];
     }
   }
-  const int64_t at = row * p.out_features + column;
-  store_as(p.y, at, p.dtype, load_as<float>(p.y, at, p.dtype) + sum);
+  const int64_t at = row * p.call.out_features + column;
+  store_as(p.call.y, at, p.call.dtype, load_as<float>(p.call.y, at, p.call.dtype) + sum);
 }
 
 }  // namespace lora_ext::cuda::grouped

@@ -11,8 +11,7 @@
 
 namespace lora_ext::cuda::grouped {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // of kernels without a number of their own
-constexpr int kInlineEntries = 32;                     // that travel with a kernel's parameters (group_table.cuh)
+constexpr int kInlineEntries = 32;  // that travel with a kernel's parameters (group_table.cuh)
 
 // --- rows sorted by their groups (group_index.cuh) ---
 

@@ -418,7 +418,7 @@ class PlanRunner : Launcher {
 template <class T>
 void run_launches(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
   PlanRunner<T> runner(call, plan, scratch, stream);
-  for (const PlannedLaunch& launch : plan.launches()) runner.run(launch);
+  for (const PlannedLaunch& launch : plan.launches) runner.run(launch);
 }
 
 }  // namespace lora_ext::cuda::mma

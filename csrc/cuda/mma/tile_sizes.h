@@ -23,7 +23,6 @@ constexpr int blocks_per_sm(int64_t ranks) { return ranks > kRankTile ? 1 : 2; }
 
 constexpr int64_t kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
 constexpr int64_t kShortRank = 64;     // of expand_short
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here
 
 // --- packed factors (pack_factors.cuh) ---
 
