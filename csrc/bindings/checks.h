@@ -225,7 +225,7 @@ inline constexpr auto kCheckOf<schemas::kLoraExpandBackward> = [](auto&, auto& x
   check_is_saved("xa", xa, output_mask[1], "grad_lora_B");
 };
 
-// Weights that the kernels can merge into. lora_ext/_ops/checks.py checks the same for a single weight.
+// Weights that the kernels can merge into.
 template <>
 inline constexpr auto kCheckOf<schemas::kLoraMerge> = [](auto& weights, auto&, auto&, auto& seeds, auto& first_rows) {
   constexpr int64_t kLargest = 1ll << 30;  // the kernels count rows and columns, rounded up, in 32 bits

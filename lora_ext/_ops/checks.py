@@ -19,7 +19,6 @@ from lora_ext import _load
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
 FLOATING = tuple(getattr(torch, name) for name in _load.dtypes())  # csrc/common/dtype.h
 _MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
-_MAX_MERGED_SIZE = 2**30  # of rows and of columns, which the kernels count in 32 bits
 _functorch = torch._C._functorch
 
 
@@ -106,22 +105,6 @@ def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
             raise refusal(op, "device", label, tensor.device, first[0], first[1].device)
 
 
-def check_memory_is_there(op: str, arguments: Mapping[str, object]) -> None:
-    """Raises RuntimeError for a tensor beyond its storage, in the words of the compiled ops; PyTorch would read it."""
-    for label, tensor in tensors_of(arguments):
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
-            continue
-        if is_wrapper(tensor):
-            continue
-        if tensor._is_zerotensor():
-            continue
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-        if tensor.untyped_storage().nbytes() < needed:
-            shape = list(tensor.shape)
-            raise RuntimeError(f"{op}: {label} is {shape}, but its storage has been freed or made smaller")
-
-
 _NOT_SAVED = "Inference tensors cannot be saved for backward"  # PyTorch's words
 
 
@@ -165,20 +148,18 @@ def check_arguments(name: str, values: Sequence[object]) -> None:
     if any(type(value) in (torch.SymInt, torch.SymFloat) for value in values):
         return
     if any(map(is_wrapper, tensors)):
-        values = [_described(value) for value in values]
+        values = [_without_wrappers(value) for value in values]
     if text := getattr(torch.ops.lora_ext_check, name).default(*values):
         raise refusal_of_op(RuntimeError(text)) or RuntimeError(text)
 
 
-def _described(value: object) -> object:
-    """Returns tensors without memory in place of tensors. Wrappers count as contiguous."""
+def _without_wrappers(value: object) -> object:
+    """Returns garbage of the same shape in place of a wrapper, which counts as contiguous."""
     if isinstance(value, (list, tuple)):
-        return [_described(entry) for entry in value]
-    if not isinstance(value, Tensor):
+        return [_without_wrappers(entry) for entry in value]
+    if not (isinstance(value, Tensor) and is_wrapper(value)):
         return value
-    if is_wrapper(value):
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 # --- functions that are more than one op ------------------------------------------------------------------------------
@@ -206,28 +187,20 @@ def check_matrix(op: str, name: str, tensor: Tensor) -> None:
 
 def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     """Checks a weight to merge into and factors, of any dtype, that fit it; all on one device."""
-    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
-    check_tensors(op, tensors)
-    for name, tensor in tensors.items():
-        check_matrix(op, name, tensor)
+    check_tensors(op, {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
+    check_floating(op, "lora_A", lora_A)
     if lora_B.dtype != lora_A.dtype:
         raise refusal(op, "other_dtype", "lora_B", dtype_name(lora_B.dtype), "lora_A", dtype_name(lora_A.dtype))
-    if lora_A.shape[0] < 1:
-        raise refusal(op, "no_rank", "lora_A")
-    if lora_B.shape[1] != lora_A.shape[0]:
-        raise refusal(op, "rank", "lora_B", lora_B.shape[1], "lora_A", lora_A.shape[0])
-    if lora_A.shape[1] != weight.shape[1]:
-        raise refusal(op, "features", "lora_A", "in_features", lora_A.shape[1], "weight", weight.shape[1])
-    if lora_B.shape[0] != weight.shape[0]:
-        raise refusal(op, "features", "lora_B", "out_features", lora_B.shape[0], "weight", weight.shape[0])
-    check_merge_strides(op, weight, "weight")
+    check_merge(op, "weight", weight, lora_A.shape, lora_B.shape)
 
 
-def check_merge_strides(op: str, weight: Tensor, name: str) -> None:
-    """Checks that the merge's kernels can write to ``weight``: rows of unit column stride that do not overlap."""
-    if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise refusal(op, "column_stride", name, weight.stride(1))
-    if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
-        raise refusal(op, "row_stride", name, weight.stride(0), weight.shape[1])
-    if max(weight.shape) > _MAX_MERGED_SIZE:
-        raise refusal(op, "merge_size", name, list(weight.shape))
+def check_merge(op: str, label: str, weight: Tensor, shape_A: Sequence[int], shape_B: Sequence[int]) -> None:
+    """Checks what lora_merge_ does for a weight, which messages call ``label``, and factors of these shapes."""
+    acc = accumulation_dtype(weight.dtype)
+    factors = [[torch.empty(shape, dtype=acc, device="meta")] for shape in (shape_A, shape_B)]
+    described = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
+    text = torch.ops.lora_ext_check.lora_merge_.default([described], *factors)
+    for name, shown in (("weights[0]", label), ("lora_As[0]", "lora_A"), ("lora_Bs[0]", "lora_B")):
+        text = text.replace(name, shown)
+    if text:
+        raise refusal_of_op(RuntimeError(text), op)

@@ -20,7 +20,6 @@ from torch.compiler import is_dynamo_compiling
 from lora_ext._load import op_named
 from lora_ext._ops.checks import (
     check_arguments,
-    check_memory_is_there,
     check_not_lazy,
     check_tensors,
     tensors_of,
@@ -222,10 +221,7 @@ def _autograd_kernel(op: Op) -> Callable:
 
 def call_plain(op: Op, arguments: Sequence) -> object:
     """Calls the op in plain PyTorch, after the checks of the op."""
-    by_name = op.checked(*arguments)
-    if not torch.compiler.is_compiling():
-        check_memory_is_there(op.name, by_name)
-    return op.plain(**by_name)
+    return op.plain(**op.checked(*arguments))
 
 
 def _transformed_kernel(op: Op) -> Callable:

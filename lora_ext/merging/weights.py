@@ -27,8 +27,8 @@ from lora_ext import _load
 from lora_ext._common.arguments import checked
 from lora_ext._ops import checks, errors
 from lora_ext._ops.checks import (
+    check_merge,
     check_merge_layer,
-    check_merge_strides,
     check_not_lazy,
     check_tensors,
     merge_segments,
@@ -341,7 +341,7 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
         raise TypeError(
             f"{caller}: {label} is {weight.dtype} now, but {record.dtype} was merged: its bits cannot be restored"
         )
-    check_merge_strides(caller, weight, label)
+    check_merge(caller, label, weight, record.lora_A.shape, record.lora_B.shape)
 
 
 def _groups(
