@@ -43,6 +43,19 @@ std::vector<std::string> available_cpu_isas() {
   return names;
 }
 
+DType dtype_named(const std::string& name) {
+  for (const DTypeFacts& facts : kDTypes) {
+    if (name == facts.name) return facts.dtype;
+  }
+  throw py::value_error("there is no dtype " + name + ", want one of " LORA_EXT_DTYPE_NAMES);
+}
+
+int64_t few_tokens(const std::string& dtype) {
+  cpu::Isa isa;
+  cpu::select_isa(&isa);
+  return cpu::few_tokens(isa, dtype_named(dtype));
+}
+
 std::string base_product() {
   bool is_own;
   return !cpu::select_base_product(&is_own) ? "" : is_own ? "own" : "library";
@@ -131,13 +144,6 @@ struct Plan {
     return lines;
   }
 };
-
-DType dtype_named(const std::string& name) {
-  for (const DTypeFacts& facts : kDTypes) {
-    if (name == facts.name) return facts.dtype;
-  }
-  throw py::value_error("plan: there is no dtype " + name + ", want one of " LORA_EXT_DTYPE_NAMES);
-}
 
 // Siblings: (out_features, rank) of every layer that reads x.
 using Layers = std::vector<std::pair<int64_t, int64_t>>;
@@ -262,6 +268,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dtypes", &dtypes, "The names of the dtypes that the ops take.");
   m.def("cpu_isa", &cpu_isa, "The instruction set whose CPU kernels run here; \"\" if LORA_EXT_CPU_ISA names none.");
   m.def("available_cpu_isas", &available_cpu_isas, "The instruction sets that this machine can run, best first.");
+  m.def("few_tokens", &few_tokens, "dtype"_a,
+        "The most tokens of a dtype that the CPU kernel which reads a frozen weight once multiplies.");
   m.def(
       "base_product", &base_product,
       "Who computes base products of many tokens, \"own\" or \"library\"; \"\" if LORA_EXT_BASE_PRODUCT says neither.");

@@ -16,9 +16,10 @@ static_assert(kMaxSiblings <= kMostTerms, "a backward is one product, with a ter
 
 // --- few tokens ---
 
-inline bool has_few_tokens(const Kernels& kernels, const LoraForwardParams& p, const BaseWeights& weights) {
+inline bool has_few_tokens(const LoraForwardParams& p, const BaseWeights& weights) {
   const LoraShrinkParams& shrink = p.shrink;
-  return shrink.threshold == 0 && shrink.in_features > 0 && shrink.num_tokens <= kernels.few_tokens(shrink.dtype) &&
+  return shrink.threshold == 0 && shrink.in_features > 0 &&
+         shrink.num_tokens <= few_tokens(checked_isa(), shrink.dtype) &&
          std::all_of(weights.column_strides, weights.column_strides + p.expand.num_siblings,
                      [](int64_t stride) { return stride == 1; });
 }

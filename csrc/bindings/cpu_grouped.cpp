@@ -119,7 +119,7 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
                           .base = nullptr,
                           .y = y.mutable_data_ptr()};
   const BaseWeights weights{{weight.const_data_ptr()}, {weight.stride(0)}, {weight.stride(1)}};
-  if (has_few_tokens(kernels, p, weights)) return multiply_few_tokens(kernels, p, weights);
+  if (has_few_tokens(p, weights)) return multiply_few_tokens(kernels, p, weights);
   if (has_own_product(kernels, p, weights)) return multiply_forward(kernels, p, weights);
   use_library();
 }

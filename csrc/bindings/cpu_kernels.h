@@ -14,13 +14,15 @@
 
 namespace lora_ext::cpu {
 
-inline const Kernels& checked_kernels() {
+inline Isa checked_isa() {
   Isa isa;
   if (!select_isa(&isa)) {
     fail("LORA_EXT_CPU_ISA is ", std::getenv("LORA_EXT_CPU_ISA"), ", want one of ", available_isas());
   }
-  return kernels_of(isa);
+  return isa;
 }
+
+inline const Kernels& checked_kernels() { return kernels_of(checked_isa()); }
 
 // Number of chunks for all kernels of a call: at most one per thread, and at least one block each.
 inline int64_t count_chunks(int64_t rows) {

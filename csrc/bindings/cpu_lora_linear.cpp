@@ -25,7 +25,7 @@ struct Cpu {
     if (p.shrink.num_tokens == 0) return;
     if (!call.has_base_layers()) return run_layer(p);
     const BaseWeights weights = weights_of(call.layers);
-    if (has_few_tokens(kernels, p, weights)) return multiply_few_tokens(kernels, p, weights);
+    if (has_few_tokens(p, weights)) return multiply_few_tokens(kernels, p, weights);
     if (has_own_product(kernels, p, weights) && !has_zero_adapter(p.expand)) {
       return multiply_forward(kernels, p, weights);
     }

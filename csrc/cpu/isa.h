@@ -2,6 +2,7 @@
 // products.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -12,6 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include "../common/dtype.h"
 
 namespace lora_ext::cpu {
 
@@ -89,6 +92,16 @@ inline const char* available_isas() {
     return joined;
   }();
   return names.c_str();
+}
+
+// The most tokens that our kernel multiplies by a frozen weight, which it reads once (gemm/few_tokens.inc). For more,
+// the library behind nn.Linear, which packs weights, is as fast: measured for float32, and for bfloat16 where pairs of
+// it are multiplied.
+constexpr int64_t kMostFewTokens = 32;  // in any dtype
+
+constexpr int64_t few_tokens(Isa isa, DType dtype) {
+  const bool is_measured = dtype == DType::kFloat32 || (dtype == DType::kBFloat16 && isa >= Isa::kAvx512Bf16);
+  return is_measured ? kMostFewTokens : 8;
 }
 
 // Who multiplies many tokens by a frozen weight: our kernel (gemm/many_tokens.inc) or the library behind nn.Linear.

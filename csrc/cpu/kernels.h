@@ -138,10 +138,8 @@ struct Kernels {
   // Sums columns [begin, end) of a gradient, over the chunks or items in order. begin: a multiple of kPadding.
   void (*sum_gradient)(const GradientSum&, int64_t begin, int64_t end);
 
-  // Few tokens by a frozen weight: the most, for this dtype of the tokens. Then tokens [num_tokens, in_features],
-  // tokens_dtype, and low_rank [num_tokens, rank], acc, are packed; then the columns of out for rows [begin, end) of
-  // the weight are computed.
-  int64_t (*few_tokens)(DType dtype);
+  // Few tokens by a frozen weight: tokens [num_tokens, in_features], tokens_dtype, and low_rank [num_tokens, rank],
+  // acc, are packed; then the columns of out for rows [begin, end) of the weight are computed.
   void (*pack_tokens)(const FewTokensGemm&, const void* tokens, int64_t stride);
   void (*pack_low_rank)(const FewTokensGemm&, const void* low_rank, int64_t stride);
   void (*few_tokens_gemm)(const FewTokensGemm&, int64_t begin, int64_t end);

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ext import _load, functional
+from lora_ext._ops.checks import dtype_name
 from lora_ext._ops.fast_path import takes_fast_path
 
 LEAST_ELEMENTS = 1 << 20
@@ -21,9 +22,7 @@ MANY_TOKENS = 33
 @functools.cache
 def few_tokens(dtype: torch.dtype) -> int:
     """Returns for how many tokens this machine's kernel reads the weight once (csrc/cpu/gemm); 0: none."""
-    if dtype == torch.float32 or _multiplies_pairs(dtype):
-        return 32
-    return 8 if dtype == torch.bfloat16 else 0
+    return _load.few_tokens(dtype_name(dtype)) if dtype in (torch.float32, torch.bfloat16) else 0
 
 
 @functools.cache

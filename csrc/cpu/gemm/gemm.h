@@ -15,8 +15,6 @@ constexpr int64_t padded_columns(int64_t n) { return (n + kPadding - 1) / kPaddi
 
 // --- few tokens: few_tokens.inc ---
 
-constexpr int64_t kMostFewTokens = 32;  // in any dtype; Kernels::few_tokens says how many in which
-
 // out [num_tokens, rows] = bias + scale * (tokens @ weight^T) + low_rank @ factor^T
 struct FewTokensGemm {
   int64_t num_tokens, in_features, rank = 0;  // rank 0: no epilogue
