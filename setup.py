@@ -33,10 +33,10 @@ CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
 def virtual_arch(arch: str) -> str:
     """The architecture whose PTX the code for ``arch`` is made from.
 
-    Making PTX takes two thirds of the time. That of sm_80 gives sm_86 and sm_89 the code that they had by themselves;
-    that of sm_90 gave sm_100 a kernel that spills.
+    Making PTX takes two thirds of the time. That of sm_80 gives sm_86 and sm_89 the code that they had by themselves,
+    and that of sm_100 sm_120; that of sm_90 gave sm_100 a kernel that spills.
     """
-    return "80" if arch in ("86", "89") else arch
+    return {"86": "80", "89": "80", "120": "100"}.get(arch, arch)
 
 
 def sources(*patterns: str) -> list[str]:
