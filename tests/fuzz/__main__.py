@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m fuzz [FUNCTION ...] [--seconds S | --cases N] [--seed FIRST]
 
 A FUNCTION is one of lora_ext.functional or a compiled op, such as lora_linear; default: all. Prints how often each was
-called, with which outcomes, and each kind of finding as a small program. The exit status is 1 if anything was found;
+called, with which outcomes, and each kind of finding with a small call. The exit status is 1 if anything was found;
 --seed finds it again.
 """
 
@@ -16,7 +16,7 @@ import sys
 import time
 
 from . import campaign, planted
-from .ops import MAKERS
+from .calls import NAMES
 
 _CASES = 500  # with each seed
 
@@ -31,8 +31,8 @@ def main() -> int:
     arguments = parser.parse_args()
     functions = arguments.functions or [""]
     for function in functions:
-        if function and not any(f".{name}".endswith(f".{function}") for name in (*MAKERS, *planted.KINDS)):
-            parser.error(f"there is no function {function!r}, want some of {', '.join(MAKERS)}")
+        if function and not any(f".{name}".endswith(f".{function}") for name in (*NAMES, *planted.KINDS)):
+            parser.error(f"there is no function {function!r}, want some of {', '.join(NAMES)}")
     first = random.SystemRandom().randrange(1 << 40) if arguments.seed is None else arguments.seed
     found = 0
     for function in functions:

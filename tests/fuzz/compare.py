@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from support.merging import same_bits
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from lora_ext import reference
+from lora_ext import functional, reference
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 
 from .cases import CannotTell, WrongResult
@@ -23,13 +25,13 @@ _SIXTEEN = (torch.bfloat16, torch.float16)
 
 def plain(value: Any) -> Any:
     """Copies tensors, also in lists, without history; leaves that require gradients still do."""
-    if isinstance(value, Tensor):
-        if lacks_memory(value) or (value.is_quantized and value.is_neg()):
-            raise CannotTell  # PyTorch crashes when it copies these
-        return value.detach().clone().requires_grad_(value.is_leaf and value.requires_grad)
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value
+    return pytree.tree_map_only(Tensor, _plain, value)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if lacks_memory(tensor) or (tensor.is_quantized and tensor.is_neg()):
+        raise CannotTell  # PyTorch crashes when it copies these
+    return tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
 
 
 def lacks_memory(tensor: Tensor) -> bool:
@@ -42,25 +44,14 @@ def lacks_memory(tensor: Tensor) -> bool:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for entry in value for tensor in tensors_in(entry)]
-    return []
-
-
-def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of equal size hold the same bits, including those of NaNs and zeros."""
-    bits = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (first, second))
-    return first.dtype == second.dtype and torch.equal(*bits)
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _has_subnormals(before: Mapping[str, Any], computed_in: torch.dtype) -> bool:
     """Whether bfloat16 products take elements for zeros: those of bfloat16, and those of float32 rounded for them."""
-    factors = tensors_in([value for name, value in before.items() if name.startswith("lora_")])
-    rounds = computed_in == torch.bfloat16 and all(factor.dtype == torch.bfloat16 for factor in factors)
-    dtypes = (torch.bfloat16, torch.float32) if rounds else (torch.bfloat16,)
-    tensors = [tensor for tensor in tensors_in(list(before.values())) if tensor.dtype in dtypes]
+    is_rounded = computed_in == torch.bfloat16
+    dtypes = (torch.bfloat16, torch.float32) if is_rounded else (torch.bfloat16,)
+    tensors = [tensor for tensor in tensors_in([*before.values()]) if tensor.dtype in dtypes]
     return any(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).any() for t in tensors)
 
 
@@ -71,20 +62,17 @@ def share_memory(values: Sequence[Any]) -> bool:
 
 def _in_float64(value: Any, absolute: bool) -> Any:
     """Converts an argument, or its absolute values, to float64."""
-    if isinstance(value, Tensor):
-        return _wide(value, absolute)
-    if isinstance(value, (list, tuple)):
-        return [_in_float64(entry, absolute) for entry in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return abs(float(value)) if absolute else float(value)
-    return value
 
+    def converted(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            wide = leaf.detach().to(torch.float64 if leaf.dtype in FLOATING else leaf.dtype, copy=True)
+            wide = wide.abs() if absolute and wide.is_floating_point() else wide
+            return wide.requires_grad_(leaf.requires_grad and leaf.dtype in FLOATING)
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool):
+            return abs(float(leaf)) if absolute else float(leaf)
+        return leaf
 
-def _wide(tensor: Tensor, absolute: bool) -> Tensor:
-    if tensor.dtype not in FLOATING:
-        return tensor.detach().clone()
-    wide = tensor.detach().to(torch.float64).clone()
-    return (wide.abs() if absolute else wide).requires_grad_(tensor.requires_grad)
+    return pytree.tree_map(converted, value)
 
 
 def check_close(
@@ -123,54 +111,50 @@ def check_close(
         raise WrongResult(f"{what} is finite in {int(lost.sum())} elements that are NaN")
 
 
-def check_scale(before: Mapping[str, Any], computed_in: torch.dtype) -> None:
-    """Raises CannotTell if the factor of an update overflows by itself: times zero it is NaN."""
-    largest = max(abs(float(scaling)) for scaling in [before.get("scaling", 0.0), *before.get("scalings", [])])
-    if largest * rescale(before.get("dropout_p", 0.0)) > torch.finfo(accumulation_dtype(computed_in)).max / 4:
-        raise CannotTell
-
-
 def rescale(dropout_p: float) -> float:
     """Factor of the values that dropout keeps."""
     return 65536.0 / (65536.0 - reference.dropout_threshold(float(dropout_p)))
 
 
-def against_formula(
-    formula: Callable[..., Sequence[Tensor]],
-    before: Mapping[str, Any],
-    results: Sequence[Tensor],
-    after: Mapping[str, Any],
-    computed_in: torch.dtype,
-    magnitude_formula: Callable[..., Sequence[Tensor]] | None = None,
+def check_formula(
+    formula: Callable[..., Sequence[Tensor]], before: Mapping[str, Any], result: Any, after: Mapping[str, Any]
 ) -> None:
-    """Compares results and the gradients that the call left in its arguments, if any.
+    """Compares the results of a function, and the gradients that it left in its arguments, if any.
 
-    ``formula`` takes the arguments by name, in float64, and returns the expected ``results``.
+    ``formula`` takes the arguments by name, in float64, and returns the expected results.
     """
-    if any(tensor.is_meta for tensor in [*tensors_in(list(before.values())), *results]):
+    results, dropout_p = tensors_in(result), float(before.get("dropout_p", 0.0))
+    if dropout_p > 0 and before.get("seed") is None:
+        raise CannotTell  # the function drew the mask
+    if "y" in after and result is not after["y"]:
+        raise WrongResult("the result is not y")
+    if any(tensor.is_meta for tensor in [*tensors_in([*before.values()]), *results]):
         raise CannotTell
+    computed_in = before["x"].dtype
     if _has_subnormals(before, computed_in):
         raise CannotTell  # the processor's instruction for pairs of bfloat16 treats them as zeros
     if any(tensor.dtype not in FLOATING for tensor in results):
         raise WrongResult(f"results have dtypes {[tensor.dtype for tensor in results]}")
-    check_scale(before, computed_in)
+    largest = max(abs(float(scaling)) for scaling in [before.get("scaling", 0.0), *before.get("scalings", [])])
+    if largest * rescale(dropout_p) > torch.finfo(accumulation_dtype(computed_in)).max / 4:
+        raise CannotTell  # the factor of an update overflows by itself: times zero it is NaN
     runs = []
     for absolute in (False, True):
         arguments = {name: _in_float64(value, absolute) for name, value in before.items()}
-        function = (magnitude_formula or formula) if absolute else formula
-        with torch.enable_grad():
-            runs.append((arguments, list(function(**arguments))))
+        # Every activation is at most its argument's size plus an eighth.
+        rest, times = ({"activation": "identity"}, 1.2) if absolute and "activation" in before else ({}, 1)
+        runs.append((arguments, [times * y for y in formula(**arguments | rest)]))
     (exact, expected), (sizes, magnitudes) = runs
-    keeps_nan = reference.dropout_threshold(float(before.get("dropout_p", 0.0))) == 0
-    steps = sum(size for tensor in tensors_in(list(before.values())) for size in tensor.shape)
+    keeps_nan = reference.dropout_threshold(dropout_p) == 0
+    steps = sum(size for tensor in tensors_in([*before.values()]) for size in tensor.shape)
     if len(results) != len(expected):
         raise WrongResult(f"there are {len(results)} results, want {len(expected)}")
     for i, (ours, value, magnitude) in enumerate(zip(results, expected, magnitudes, strict=True)):
         check_close(f"result {i}", ours, value.detach(), magnitude.detach(), steps, computed_in, keeps_nan)
 
-    leaves = [(name, i, t) for name in before if name in after for i, t in enumerate(tensors_in(after[name]))]
+    leaves = [(name, i, t) for name in before if name != "y" for i, t in enumerate(tensors_in(after[name]))]
     leaves = [(name, i, leaf) for name, i, leaf in leaves if leaf.is_leaf and leaf.grad is not None]
-    if not leaves or share_memory([after[name] for name in before if name in after]):
+    if not leaves or share_memory([after[name] for name in before if name != "y"]):
         return  # arguments that are views of each other share gradients
     for outputs, sign in ((expected, None), (magnitudes, torch.abs)):
         pairs = [
@@ -184,3 +168,18 @@ def against_formula(
         if value is None:
             value = magnitude = torch.zeros(leaf.shape, dtype=torch.float64)
         check_close(f"gradient of {name}", leaf.grad, value, magnitude, steps, computed_in, keeps_nan)
+
+
+def check_merge(before: Mapping[str, Any], record: functional.MergeRecord | None, after: Mapping[str, Any]) -> None:
+    """Checks a merged weight, and that unmerging restores every bit."""
+    if share_memory([*after.values()]) or before["seed"] is not None:
+        raise CannotTell  # the result depends on the order of writes, or on random numbers
+    W, A, B = (before[name].detach().double() for name in ("weight", "lora_A", "lora_B"))
+    scaling, computed_in = float(before["scaling"]), accumulation_dtype(before["weight"].dtype)
+    magnitude = W.abs() + abs(scaling) * (B.abs() @ A.abs())
+    check_close("weight", after["weight"], W + scaling * (B @ A), magnitude, A.shape[0], computed_in)
+    if record is not None:
+        again = after["weight"].detach().clone()
+        functional.lora_unmerge_(again, record)
+        if not same_bits(again, before["weight"]):
+            raise WrongResult("merged and unmerged, the weight has other bits than before")

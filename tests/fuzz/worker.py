@@ -1,9 +1,9 @@
-"""A process that runs the cases whose choices come on its standard input, a list of numbers a line.
+"""A process that runs the cases whose numbers come on its standard input, a list a line.
 
     python -m fuzz.worker FUNCTION PROCESSOR_SECONDS CLOCK_SECONDS
 
-Answers each with the outcome as a line of JSON. The kernel ends the process at a case that crashes, takes all memory,
-computes for too long or waits for too long.
+Answers each with two lines of JSON: the function and the call in words, before it runs; then the outcome. The kernel
+ends the process at a case that crashes, takes all memory, computes for too long or waits for too long.
 """
 
 from __future__ import annotations
@@ -46,19 +46,23 @@ def main() -> None:
 
     import torch
 
-    from .choices import repeated
-    from .ops import make
+    from . import judge
+    from .calls import make
 
     torch.set_num_threads(2)
     _limit_memory()
     for limit in (signal.SIGXCPU, signal.SIGALRM):
         faulthandler.register(limit, chain=True)  # prints the stack
     for line in sys.stdin:
-        call = make(repeated(json.loads(line)), function)
+        numbers = json.loads(line)
         used = int(time.process_time()) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds, resource.RLIM_INFINITY))
         signal.alarm(clock_seconds)
-        outcome = call.run()
+        call = make(function, numbers)
+        out.write(json.dumps([call.function, call.text()]) + "\n")
+        outcome = judge.run(call)
+        if outcome.kind == "compared" and not outcome.findings and numbers[-1] % 10 == 0:
+            outcome = judge.run_twice(function, numbers)
         signal.alarm(0)
         out.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
 

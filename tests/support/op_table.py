@@ -523,9 +523,12 @@ def op_named(name: str) -> torch._ops.OpOverload:
     return _load.op_named(name.removesuffix(OF_BASES))
 
 
-def good_function_call(name: str) -> dict[str, Any]:
-    """Returns the arguments of a function of lora_ext.functional by name, with every optional tensor."""
-    call = _layer_call(name)
+def good_function_call(name: str, **options: Any) -> dict[str, Any]:
+    """Returns the arguments of a function of lora_ext.functional by name, with every optional tensor.
+
+    ``options``: of its sample's maker: dtypes, leading, sizes.
+    """
+    call = _layer_call(name, **options)
     return {argument: call[argument] for argument in inspect.signature(getattr(functional, name)).parameters}
 
 
@@ -536,47 +539,55 @@ def op_of_function(name: str, call: dict[str, Any]) -> tuple[torch._ops.OpOverlo
     return op_named(name), call | ({"bases": []} if name == "lora_linear_siblings" else {})
 
 
-def good_call(name: str) -> dict[str, Any]:
-    """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3)."""
+def good_call(name: str, **options: Any) -> dict[str, Any]:
+    """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3).
+
+    ``options``: of its sample's maker.
+    """
     if name.endswith(OF_BASES):
-        call = good_call(name.removesuffix(OF_BASES))
-        bases = {"weight": None, "weights": [], "biases": [], "bases": delta_siblings(leading=(2, 3)).call["bases"]}
+        call = good_call(name.removesuffix(OF_BASES), **options)
+        bases = delta_siblings(**{"leading": (2, 3)} | options).call["bases"] if "bases" in call else []
+        bases = {"weight": None, "weights": [], "biases": [], "bases": bases}
         return call | {argument: value for argument, value in bases.items() if argument in call}
-    call = _merge_call(name) if "merge" in name else _layer_call(name)
+    call = (_merge_call if "merge" in name else _layer_call)(name, **options)
     missing = [argument.name for argument in op_named(name)._schema.arguments if argument.name not in call]
     assert not missing, f"give good_call in tests/support/op_table.py the arguments {missing} of {name}"
     return {argument.name: call[argument.name] for argument in op_named(name)._schema.arguments}
 
 
-def _layer_call(name: str) -> dict[str, Any]:
+def _layer_call(name: str, **options: Any) -> dict[str, Any]:
     forward = name.removesuffix("_backward")
-    leading = (2, 3)
     if forward == "lora_dropout_mask":
         return {"dropout_p": 0.3, "seed": SEED.clone(), "num_tokens": 5, "in_features": 20}
-    if "grouped" in name:
-        groups = torch.tensor([[0, -1, 1], [1, 0, -1]])
-        make = grouped_linear if "linear" in name else grouped
-        sample = make(leading=leading, entries=[(2, 4)], groups=groups)
-        sample.call["ranks"] = torch.tensor([3, 4])
-    else:
-        sample = OPS[forward if forward in OPS else f"{forward}_"].small(leading=leading)
-    call = sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
+    groups = {"entries": [(2, 4)], "groups": torch.tensor([[0, -1, 1], [1, 0, -1]])} if "grouped" in name else {}
+    op = OPS[forward if forward in OPS else f"{forward}_"]
+    sample = op.small(**{"leading": (2, 3)} | groups | options)
+    call = {"ranks": None} | sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
+    if groups and "groups" not in options:
+        call["ranks"] = torch.tensor([3, 4])
     if "siblings" in name and "weights" in call:
-        call |= {"biases": [torch.randn(20), torch.randn(12)], "bases": []}
+        call |= {"biases": [torch.randn(len(W)).to(W.dtype) for W in call["weights"]], "bases": []}
     if forward == name:
         return call
+    x = call.get("x", call.get("base"))
+    tokens, acc = x.shape[:-1].numel(), accumulation_dtype(x.dtype)
     grads = {"grad_y": sample.grads[0], "grad_ys": sample.grads, "grad_xa": sample.grads[0]}
-    mask = ops.lora_dropout_mask(SEED, 6, 24, 0.3)
-    rank = sum(map(len, call["lora_As"])) if "siblings" in name else 4
-    xa = call["xa"] if "xa" in call else torch.randn(6, rank)
-    base = {"base": call["x"].clone()} if "shrink" in name else {}
-    number = 2 if "shrink" in name or "expand" in name else 3
+    ranks = [A.shape[-2] for A in call.get("lora_As", [call.get("lora_A", x)])]
+    xa = call.get("xa", torch.randn(tokens, max(ranks) if groups else sum(ranks), dtype=acc))
+    base = {"base": x.clone()} if "shrink" in name else {}
+    number = 2 if "shrink" in name or "expand" in name else 1 + 2 * len(ranks) if groups else 3
+    mask = ops.lora_dropout_mask(SEED, tokens, x.shape[-1], 0.3)
     return call | grads | base | {"xa": xa, "mask": mask, "output_mask": (True,) * number}
 
 
-def _merge_call(name: str) -> dict[str, Any]:
-    weights = [hard_weight(5, 300, torch.float32), hard_weight(3, 20, torch.float32)]
-    factors = [pack_factors(torch.float32, [update_factors(weight, 2, 0.1)]) for weight in weights]
+def _merge_call(
+    name: str, dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, int, int]] = ((5, 300, 2), (3, 20, 2))
+) -> dict[str, Any]:
+    """Makes a call for weights of these rows, columns and ranks."""
+    weights = [hard_weight(rows, columns, dtype) for rows, columns, _ in shapes]
+    ranks = [rank for *_, rank in shapes]
+    updates = [update_factors(weight, rank, 0.1) for weight, rank in zip(weights, ranks, strict=True)]
+    factors = [pack_factors(dtype, [update]) for update in updates]
     lists = {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}
     lists |= {"seeds": [], "first_rows": []}
     if name != "lora_unmerge_":

@@ -1,0 +1,167 @@
+"""Runs a call, and judges what it returned, raised and changed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Arguments, Call, make
+from .cases import CannotTell, Finding, Outcome, WrongResult, finding, judge_exception
+from .compare import plain, tensors_in
+from .worker import POISON
+
+
+def run(call: Call) -> Outcome:
+    """Runs a call and judges it."""
+    if call.is_void:
+        return Outcome("void")
+    function, arguments = call.function, call.arguments
+    watched = Watched(arguments)
+    try:
+        before = {name: plain(value) for name, value in arguments.items()}
+    except Exception:
+        before = None
+    try:
+        result = call.run(**arguments)
+    except Exception as error:
+        changed = watched.findings("changed after a refusal", function, "", f" after {error}")
+        return Outcome("refused", judge_exception(function, call.words(), error) + changed)
+    found = watched.findings("changed argument", function, call.writes)
+    devices = {tensor.device.type for tensor in tensors_in([*arguments.values()])}
+    if len(devices) > 1:
+        found.append(finding("mixed devices accepted", function, f"tensors on {sorted(devices)} were accepted"))
+    try:
+        _backward(call, result)
+    except Exception as error:
+        return Outcome("refused", found + judge_exception(function, [*call.words(), "grad", "backward"], error))
+    outputs = _outputs(call, result)
+    unwritten = sum(map(_poisoned, outputs))
+    if unwritten and not sum(map(_poisoned, tensors_in(list((before or {}).values())))):
+        found.append(finding("uninitialised", function, f"{unwritten} elements of the results were never written"))
+    is_nested = any(tensor.is_nested for tensor in outputs)  # tests/ops/test_transforms.py compares those
+    if call.oracle is None or before is None or len(devices) > 1 or is_nested:
+        return Outcome("accepted", found)
+    try:
+        with torch.enable_grad():
+            call.oracle(before, result, arguments)
+    except CannotTell:
+        return Outcome("accepted", found)
+    except WrongResult as wrong:
+        found.append(finding("wrong result", function, str(wrong)))
+    except Exception as error:
+        detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
+        return Outcome("accepted", [*found, finding("accepted", function, detail)])
+    return Outcome("compared", found)
+
+
+def run_twice(name: str, numbers: list[int]) -> Outcome:
+    """Judges a call, and whether the same call has the same bits the second time."""
+    outputs = []
+    for _ in range(2):
+        call = make(name, numbers)
+        result = call.run(**call.arguments)
+        _backward(call, result)
+        outputs.append(_outputs(call, result))
+    if all(map(_same_values, *outputs)):
+        return Outcome("compared")
+    text = "the same call gave other results the second time"
+    return Outcome("compared", [finding("not reproducible", call.function, text)])
+
+
+def _backward(call: Call, result: Any) -> None:
+    """Computes gradients of all outputs that have any, with a fixed pattern."""
+    outputs = call.differentiated(result) if call.differentiated else []
+    outputs = [output for output in outputs if output.requires_grad and not output.is_nested]
+    patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
+    if outputs:
+        torch.autograd.backward(outputs, patterns)
+
+
+def _outputs(call: Call, result: Any) -> list[Tensor]:
+    """Returns the result, the argument that the call may change, and the gradients that it left."""
+    leaves = [t for t in tensors_in([*call.arguments.values()]) if t.is_leaf and t.grad is not None]
+    return tensors_in([result, call.arguments.get(call.writes)]) + [leaf.grad for leaf in leaves]
+
+
+class Watched:
+    """Tensors and lists as they were: the bits of their storages, sizes, versions, flags, entries."""
+
+    def __init__(self, values: Arguments):
+        self._states = [(name, t, _state(t)) for name, value in values.items() for t in tensors_in(value)]
+        self._lists = [(name, value, list(value)) for name, value in values.items() if isinstance(value, list)]
+
+    def changes(self, may_change: str) -> list[str]:
+        """Describes changed arguments; for the one that may change, changed memory around it."""
+        said = [
+            f"{name} has other entries"
+            for name, value, entries in self._lists
+            if [*map(id, value)] != [*map(id, entries)]
+        ]
+        # Two arguments can share a storage: then writes to the writable one are allowed there.
+        writable = [tensor for name, tensor, state in self._states if name == may_change and state]
+        for name, tensor, before in self._states:
+            if before is None:
+                continue
+            now, flags = _state(tensor), before[2:]
+            sharing = [t for t in writable if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()]
+            if now is None or (now[2:] != flags and name != may_change):
+                said.append(f"{name} has {now and now[2:]}, had {flags}")
+                continue
+            if now[1] != before[1] and not sharing:
+                said.append(f"{name}'s version is {now[1]}, was {before[1]}")
+            if now[0].shape == before[0].shape and (different := now[0] != before[0]).any():
+                if name == may_change and now[1] == before[1] is not None:
+                    said.append(f"{name} was changed, its version was not")
+                for other in sharing:
+                    different &= ~_elements_of(other)
+                if different.any():
+                    said.append(f"{name} has {int(different.sum())} other bytes of storage")
+        return said
+
+    def findings(self, kind: str, function: str, may_change: str, after: str = "") -> list[Finding]:
+        changes = self.changes(may_change)
+        return [finding(kind, function, change + after, re.sub(r"\d+", "#", change)) for change in changes]
+
+
+def _state(tensor: Tensor) -> tuple | None:
+    """Returns the bytes of a tensor's storage, its version, and what else must stay; None if it is not strided."""
+    try:
+        storage = tensor.untyped_storage()
+        bits = torch.empty(0, dtype=torch.uint8)
+        if not tensor.is_meta:
+            bits = bits.set_(storage, 0, (storage.nbytes(),)).clone()
+        version = None if tensor.is_inference() else tensor._version
+        sizes = storage.nbytes(), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        return bits, version, *sizes, tensor.dtype, tensor.requires_grad, tensor.is_neg()
+    except (RuntimeError, AttributeError):
+        return None
+
+
+def _elements_of(tensor: Tensor) -> Tensor:
+    """Marks the bytes of a tensor's storage that are its elements."""
+    marks = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    marks.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size).fill_(True)
+    return marks
+
+
+def _poisoned(tensor: Tensor) -> int:
+    """Number of elements that were never written."""
+    try:
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.numel() > 1 << 22:
+            return 0
+        bits = tensor.detach().contiguous().view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    except RuntimeError:  # not a strided tensor
+        return 0
+    return int((bits == POISON).all(dim=1).sum())
+
+
+def _same_values(first: Tensor, second: Tensor) -> bool:
+    first, second = (tensor.detach().as_subclass(Tensor) for tensor in (first, second))
+    if first.shape != second.shape or first.is_meta or not first.is_floating_point():
+        return first.shape == second.shape
+    return torch.equal(first.nan_to_num(), second.nan_to_num())
