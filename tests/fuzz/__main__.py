@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m fuzz [FUNCTION ...] [--seconds S | --cases N] [--seed FIRST]
 
 A FUNCTION is one of lora_ext.functional or a compiled op, such as lora_linear; default: all. Prints how often each was
-called, with which outcomes, and each kind of finding with a small call. The exit status is 1 if anything was found;
---seed finds it again.
+called, with which outcomes, and each kind of finding with a small call, and the command that finds it again. The exit
+status is 1 if anything was found.
 """
 
 from __future__ import annotations

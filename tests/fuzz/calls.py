@@ -34,7 +34,7 @@ from lora_ext._ops.checks import accumulation_dtype
 
 from . import planted
 from .cases import WrongResult
-from .compare import check_formula, check_merge, lacks_memory, same_bits, tensors_in
+from .compare import check_formula, check_merge, check_seed, lacks_memory, same_bits, tensors_in
 
 T = TypeVar("T")
 Arguments = dict[str, Any]
@@ -149,7 +149,8 @@ def _valid(choices: Choices, function: str) -> Call:
     is_op = function.startswith(OP)
     run = op_named(name) if is_op else getattr(functional, name)
     if name == "draw_seed":
-        return Call(function, run, {"device": choices.choice((torch.device("cpu"), "cpu", torch.device("meta")))})
+        device = choices.choice((torch.device("cpu"), "cpu", torch.device("meta")))
+        return Call(function, run, {"device": device}, check_seed)
     if "merge" in name:
         return (_merge if is_op else _merge_one)(choices, function, run)
     arguments = _arguments(choices, name, is_op)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -102,6 +103,8 @@ def run(
     because other processes can delay this one, and of time for a case that waits.
     """
     campaign = Campaign()
+    again = f"PYTHONPATH=tests python -m fuzz {function} --seed {seed} --cases {cases}"
+    again += f" --only {shlex.join(only)}" if only else ""
     kinds: dict[str, type[Exception]] = {}  # of one class each, which hypothesis tells apart
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -123,7 +126,7 @@ def run(
             findings = [finding for finding in outcome.findings if only is None or finding.kind in only]
             for finding in findings:
                 name = finding.signature
-                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}: {text}"
+                campaign.found[name] = f"{name}\n  {finding.detail}\n  {text}\n  again: {again}"
             if findings:
                 raise kinds.setdefault(name, type(name, (Exception,), {}))
 

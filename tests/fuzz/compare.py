@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from support.layers import rounds_factors
 from support.merging import same_bits
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -48,10 +49,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _has_subnormals(before: Mapping[str, Any], computed_in: torch.dtype) -> bool:
-    """Whether bfloat16 products take elements for zeros: those of bfloat16, and those of float32 rounded for them."""
-    is_rounded = computed_in == torch.bfloat16
-    dtypes = (torch.bfloat16, torch.float32) if is_rounded else (torch.bfloat16,)
-    tensors = [tensor for tensor in tensors_in([*before.values()]) if tensor.dtype in dtypes]
+    """Whether bfloat16 products take elements for zeros: those of bfloat16, and of factors that are rounded to it."""
+    is_rounded = rounds_factors(torch.device("cpu"), computed_in)
+    factors = [value for name, value in before.items() if name.startswith(("lora_", "down_weight", "up_weight"))]
+    tensors = [tensor for tensor in tensors_in([*before.values()]) if tensor.dtype == torch.bfloat16]
+    tensors += [tensor for tensor in tensors_in(factors) if is_rounded and tensor.dtype == torch.float32]
     return any(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).any() for t in tensors)
 
 
@@ -168,6 +170,17 @@ def check_formula(
         if value is None:
             value = magnitude = torch.zeros(leaf.shape, dtype=torch.float64)
         check_close(f"gradient of {name}", leaf.grad, value, magnitude, steps, computed_in, keeps_nan)
+
+
+def check_seed(before: Mapping[str, Any], result: Tensor, after: Mapping[str, Any]) -> None:
+    """Checks a drawn seed: not negative, as those of a single process."""
+    device = torch.device(before["device"] or "cpu").type
+    if result.dtype != torch.int64 or result.shape != () or result.device.type != device:
+        raise WrongResult(f"the seed is {result}")
+    if device == "meta":
+        raise CannotTell
+    if result < 0:
+        raise WrongResult(f"the seed is {result}")
 
 
 def check_merge(before: Mapping[str, Any], record: functional.MergeRecord | None, after: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ def hangs(x: Tensor) -> Tensor:
 # Each by its name, with the kind of finding that it must be.
 KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "leaves_garbage": ("uninitialised", lambda x: torch.empty(1 << 16)),  # large enough to be new memory
-    "is_wrong": ("wrong result", lambda x: x + 1),
+    "is_wrong": ("wrong result", lambda x: x + x.shape[1] // 2),
     "changes_without_a_trace": ("changed argument", lambda x: (x.data.view(-1)[:1].add_(1), x.clone())[1]),
     "raises_what_is_not_ours": ("wrong exception", lambda x: x.no_such_attribute),
     "crashes": ("crash", lambda x: ctypes.string_at(0)),
