@@ -47,11 +47,13 @@ def explain(
         RuntimeError: there are no kernels for the device, or autograd cannot keep an inference tensor.
     """
     name = function.__name__
-    arguments = {parameter: arguments[parameter] for parameter in inspect.signature(function).parameters}
+    parameters = inspect.signature(function).parameters
+    arguments = {parameter: arguments[parameter] for parameter in parameters}
     if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
         return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
-    # PyTorch takes a tensor without dimensions for a number.
-    check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
+    # PyTorch takes a tensor without dimensions for a number, but for no list.
+    lists = {n for n, parameter in parameters.items() if "Sequence" in str(parameter.annotation)}
+    check_types(function, {n: v for n, v in arguments.items() if n in lists or not (_is_tensor(v) and v.dim() == 0)})
     check_tensors(name, arguments)
     check_memory(error)
     explain_inference(name, arguments, error)

@@ -71,6 +71,8 @@ def wrong_values(hint: object) -> Iterator[tuple[str, object]]:
             yield what, value
         if get_origin(hint) is Sequence and not rule(hint).test([value]):
             yield what, [value]
+    if get_origin(hint) is Sequence:
+        yield "tensor without dimensions", torch.tensor(0.5)
     if Tensor in (hint, *get_args(hint)):
         yield from ODD_TENSORS.items()
     elif get_origin(hint) is Sequence and hint != Sequence[float]:
