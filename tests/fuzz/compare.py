@@ -113,6 +113,12 @@ def check_close(
         raise WrongResult(f"{what} is finite in {int(lost.sum())} elements that are NaN")
 
 
+def _largest(before: Mapping[str, Any]) -> float:
+    """Returns the largest finite element of all tensors, and at least 1."""
+    tensors = [t.detach().double() for t in tensors_in([*before.values()]) if t.is_floating_point() and t.numel()]
+    return max([1.0, *(t[t.isfinite()].abs().max().item() for t in tensors if t.isfinite().any())])
+
+
 def rescale(dropout_p: float) -> float:
     """Factor of the values that dropout keeps."""
     return 65536.0 / (65536.0 - reference.dropout_threshold(float(dropout_p)))
@@ -138,8 +144,9 @@ def check_formula(
     if any(tensor.dtype not in FLOATING for tensor in results):
         raise WrongResult(f"results have dtypes {[tensor.dtype for tensor in results]}")
     largest = max(abs(float(scaling)) for scaling in [before.get("scaling", 0.0), *before.get("scalings", [])])
-    if largest * rescale(dropout_p) > torch.finfo(accumulation_dtype(computed_in)).max / 4:
-        raise CannotTell  # the factor of an update overflows by itself: times zero it is NaN
+    largest *= rescale(dropout_p) * (_largest(before) if dropout_p > 0 else 1.0)
+    if largest > torch.finfo(accumulation_dtype(computed_in)).max / 4:
+        raise CannotTell  # a factor overflows by itself: times zero, or what dropout drops, it is NaN
     runs = []
     for absolute in (False, True):
         arguments = {name: _in_float64(value, absolute) for name, value in before.items()}

@@ -8,6 +8,7 @@ ends the process at a case that crashes, takes all memory, computes for too long
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 
 POISON = 0xFE
 """Value of every byte of new memory; malloc_fill_byte sets it under a sanitizer."""
@@ -29,10 +31,24 @@ def is_sanitized() -> bool:
     return "san.so" in os.environ.get("LD_PRELOAD", "")
 
 
+def poison(value: int = POISON) -> None:
+    """Makes new memory hold a value in every byte."""
+    ctypes.CDLL(None).mallopt(_M_PERTURB, value ^ 0xFF)  # new memory holds its complement
+
+
+@contextlib.contextmanager
+def poisoned(value: int) -> Iterator[None]:
+    poison(value)
+    try:
+        yield
+    finally:
+        poison()
+
+
 def _limit_memory() -> None:
     if is_sanitized():
         return  # a sanitizer's own tables take terabytes of address space
-    ctypes.CDLL(None).mallopt(_M_PERTURB, POISON ^ 0xFF)  # new memory holds its complement
+    poison()
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _ADDRESS_SPACE, resource.RLIM_INFINITY))
@@ -60,7 +76,7 @@ def main() -> None:
         signal.alarm(clock_seconds)
         call = make(function, numbers)
         out.write(json.dumps([call.function, call.text()]) + "\n")
-        outcome = judge.run(call)
+        outcome = judge.confirmed(judge.run(call), function, numbers)
         if outcome.kind == "compared" and not outcome.findings and numbers[-1] % 10 == 0:
             outcome = judge.run_twice(function, numbers)
         signal.alarm(0)
