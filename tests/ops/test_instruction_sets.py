@@ -69,14 +69,14 @@ def test_base_products(who):
     run_tests(tests, without=f"{OTHERS} or {WITHOUT_WEIGHT} or {OTHER_DTYPES}", LORA_EXT_BASE_PRODUCT=who)
 
 
-# Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares.
-OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta or siblings or shrink or expand)"
+# Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares, and of lora_shrink.
+OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta or siblings or bottleneck)"
 
 # Dtypes of x whose product is PyTorch's in any case.
 OTHER_DTYPES = "-float16- or -float64-"
 
 # Ops that do not multiply by a frozen weight.
-WITHOUT_WEIGHT = "bottleneck or (lora_grouped_ and not lora_grouped_linear)"
+WITHOUT_WEIGHT = "lora_shrink or lora_expand or (lora_grouped_ and not lora_grouped_linear)"
 
 
 def run_tests(tests: dict[str, list[str]], without: str = OTHERS, **environment: str) -> None:
