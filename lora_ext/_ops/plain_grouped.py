@@ -38,11 +38,17 @@ def _transposed(lora_Bs: Sequence[Tensor]) -> list[Tensor]:
     return [lora_B.transpose(-1, -2) for lora_B in lora_Bs]
 
 
+def _at_least_one(of_groups: Tensor) -> Tensor:
+    """Adds a zero for group 0, which rows without a group take, where there is no group: stacks may have no slots."""
+    return of_groups if len(of_groups) else of_groups.new_zeros(1, *of_groups.shape[1:])
+
+
 def _stack(factors: Sequence[Tensor]) -> Tensor:
-    """Stacks the matrices of all groups, padded to the largest rank: ``[groups, rank, features]``."""
+    """Stacks the matrices of all groups, padded to the largest rank: ``[groups, rank, features]``. At least one."""
     stacks = [factor if factor.dim() == 3 else factor.unsqueeze(0) for factor in factors]
     rank = largest_rank(stacks)
-    return stacks[0] if len(stacks) == 1 else torch.cat([F.pad(S, (0, 0, 0, rank - S.shape[-2])) for S in stacks])
+    stack = stacks[0] if len(stacks) == 1 else torch.cat([F.pad(S, (0, 0, 0, rank - S.shape[-2])) for S in stacks])
+    return _at_least_one(stack)
 
 
 def _ends(lora_As: Sequence[Tensor], ranks: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -62,11 +68,12 @@ def _choose(rows: Tensor, lora_As, group_of_row, scalings, ranks, dropout_p) -> 
     given = group_of_row.reshape(-1, 1).expand(-1, rows.shape[0] // max(group_of_row.numel(), 1)).reshape(-1)
     exists = (given >= 0) & (given < groups)
     group = torch.where(exists, given, 0)
-    ends, possible = _ends(lora_As, ranks, given.device)
+    ends, possible = map(_at_least_one, _ends(lora_As, ranks, given.device))
     used = exists[:, None] & (torch.arange(rank, device=given.device) < ends[group][:, None])
     is_wrong = torch.where(exists, ~possible[group], given != -1)
     added = torch.where(is_wrong, torch.nan, 0.0).to(dtype)
-    return _Choice(group, used, (scalings * scale(1.0, dropout_p)).to(dtype)[group][:, None], added[:, None])
+    scaling = _at_least_one((scalings * scale(1.0, dropout_p)).to(dtype))[group]
+    return _Choice(group, used, scaling[:, None], added[:, None])
 
 
 def _times(rows: Tensor, factors: Tensor) -> Tensor:
