@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,21 @@ def test_every_part_is_below_those_that_it_uses():
 def test_imports_are_those_of_the_table():
     found = [violation for file, source in SOURCES.items() for violation in violations(file, source)]
     assert not found, f"imports that the row of the importing part does not list; {SEE}"
+
+
+def test_no_files_import_each_other():
+    """No circles inside a part either; imports inside functions count."""
+    uses = {
+        file: {
+            used
+            for module, names in imports(ast.parse(source))
+            if module.split(".")[0] == "lora_ext"
+            for used in files_of(module, names)
+        }
+        for file, source in SOURCES.items()
+    }
+    assert sum(map(len, uses.values())) > len(uses)
+    graphlib.TopologicalSorter(uses).prepare()  # CycleError names the circle
 
 
 def test_ops_are_called_at_the_bottom():
