@@ -64,6 +64,10 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
                 "would ignore it; call that model"
             )
         return None
+    if "adapter_lengths" in kwargs:
+        raise ValueError(
+            f"{type(module).__name__}: there is no adapter_lengths; pass a sequence, and a name, for each row"
+        )
     if NAMES in kwargs:
         rest = {key: value for key, value in kwargs.items() if key != NAMES}
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -75,8 +79,6 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         _end_choice(adapters)  # of a call that Ctrl-C left without running its hook: no model calls itself
         caller, outer = type(module).__name__, adapters.active.running.choice
         if names is not None:
-            if "adapter_lengths" in rest:
-                raise ValueError(f"{caller}: there is no adapter_lengths; pass a sequence, and a name, for each row")
             enter(choice_of(module, adapters, names, _by_name(args, rest), caller))
         elif outer is not None:  # a step of generate
             _note_rows(module, outer, _by_name(args, rest), caller)

@@ -358,5 +358,6 @@ def test_continuous_batching_is_refused():
     model = with_adapters(llama(), ["q_proj"])
     with refused(model, ValueError, "generate_batch: adapter_names is for calls of the model and generate", "vLLM"):
         model.generate_batch([[1, 2]], adapter_names=["a"])
-    with refused(model, ValueError, "LlamaForCausalLM: there is no adapter_lengths"):
-        model(token_ids(2), adapter_names=["a", "b"], adapter_lengths=[7, 7])
+    for names in ({"adapter_names": ["a", "b"]}, {}):
+        with refused(model, ValueError, "LlamaForCausalLM: there is no adapter_lengths"):
+            model(token_ids(2), adapter_lengths=[7, 7], **names)
