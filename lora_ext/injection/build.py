@@ -114,10 +114,7 @@ class Injection:
 
     def _of_layers(self) -> Iterator[tuple[str, str | None]]:
         for path, setting, kind in self._adapted():
-            yield f"{path} ({self._name_at(path)})", self._why_not(path, setting, kind)
-
-    def _name_at(self, path: str) -> str:
-        return type(self.bare.modules[path]).__name__
+            yield f"{path} ({type(self.bare.modules[path]).__name__})", self._why_not(path, setting, kind)
 
     def _why_not(self, path: str, setting: str, kind: type[LoraLayer] | None) -> str | None:
         module = self.bare.modules[path]

@@ -14,7 +14,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
 from lora_ext.nn.adapter import Device, LoraAdapter, materialised
-from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
 from lora_ext.nn.tensor_parallel import split_dim
@@ -171,16 +171,13 @@ class DoraLinear(OverLinear):
     # --- merging -----------------------------------------------------------------------------------------------------
 
     def why_not_merge(self) -> str | None:
-        weight = quantized_weight(self.base_layer)
         if is_sharded(self.base_layer.weight):
             return "its weight is sharded, and a DoRA adapter needs whole rows"
         if self._merged is not None:
             return (
                 f"{self.merged_adapters[0]!r} is merged into it, and a DoRA adapter is merged alone; unmerge that first"
             )
-        kind = nn.Linear if weight is None else weight.plain_forward
-        reason = super().why_not_merge() or why_not_merge(self.base_layer, kind)
-        return reason if reason or weight is None else weight.why_not_adapt() or weight.why_not_quantize()
+        return super().why_not_merge()
 
     def matrices(self) -> dict[str, Matrix]:
         view = self.base_layer.weight

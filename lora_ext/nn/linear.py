@@ -44,6 +44,12 @@ class OverLinear(LoraLayer):
         if (weight := quantized_weight(self.base_layer)) is not None:
             weight.keep_stored()
 
+    def why_not_merge(self) -> str | None:
+        weight = quantized_weight(self.base_layer)
+        kind = nn.Linear if weight is None else weight.plain_forward
+        reason = super().why_not_merge() or why_not_merge(self.base_layer, kind)
+        return reason if reason or weight is None else weight.why_not_adapt() or weight.why_not_quantize()
+
     @property
     def in_features(self) -> int:
         return linear_sizes(self.base_layer)[0]
@@ -92,13 +98,6 @@ class LoraLinear(SharesInputs, OverLinear):
     @property
     def stores_transposed(self) -> bool:
         return is_conv1d(self.base_layer)
-
-    def why_not_merge(self) -> str | None:
-        weight = quantized_weight(self.base_layer)
-        if weight is None:
-            return super().why_not_merge() or why_not_merge(self.base_layer, nn.Linear)
-        reason = super().why_not_merge() or why_not_merge(self.base_layer, weight.plain_forward)
-        return reason or weight.why_not_adapt() or weight.why_not_quantize()
 
     def matrices(self) -> dict[str, Matrix]:
         matrices = super().matrices()

@@ -122,7 +122,7 @@ class LoraPackedLinear(LoraLinear):
         if matrices["weight"].quantized is not None:  # quantised as a whole
             return matrices
         weight = matrices.pop("weight")
-        views = weight.view.chunk(self.num_parts, dim=self._parts_dim)
+        views = weight.view.chunk(self.num_parts, dim=1 if self.stores_transposed else 0)
         return {f"weight[{i}]": weight._replace(view=view) for i, view in enumerate(views)} | matrices
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -132,12 +132,7 @@ class LoraPackedLinear(LoraLinear):
         parts = adapter.parts()
         if self.stores_transposed:
             parts = {i: (B.T, A.T) for i, (A, B) in parts.items()}
-        factors = {f"weight[{i}]": (A, B, adapter.scaling) for i, (A, B) in parts.items()}
-        return factors
-
-    @property
-    def _parts_dim(self) -> int:
-        return 1 if self.stores_transposed else 0
+        return {f"weight[{i}]": (A, B, adapter.scaling) for i, (A, B) in parts.items()}
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         return spread_blocks(lora_B, self.adapters[name].enable_lora)

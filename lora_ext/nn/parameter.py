@@ -144,8 +144,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
             name = self.parameter_name
             if is_partitioned(module._parameters[name]) and not hasattr(type(module), name):
                 return call_with_value(self.base_layer, module, name, updated, args, kwargs)
-            substitute = {self._path_from_base_layer(): updated}
-            return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
+            path = "base_layer." * len(layers_around(self.base_layer)) + name
+            return torch.func.functional_call(self.base_layer, {path: updated}, args, kwargs, tie_weights=False)
 
     def _stacked_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
         """``lora_A [num_experts, r, in_features]`` and ``lora_B [num_experts, out_features, r]``."""
@@ -156,9 +156,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``; their product is the update without scaling."""
         A, B = self._stacked_factors(adapter)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.stores_transposed else (B, A)
-
-    def _path_from_base_layer(self) -> str:
-        return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}, {self._repr_of_state()}"
