@@ -361,3 +361,11 @@ def test_continuous_batching_is_refused():
     for names in ({"adapter_names": ["a", "b"]}, {}):
         with refused(model, ValueError, "LlamaForCausalLM: there is no adapter_lengths"):
             model(token_ids(2), adapter_lengths=[7, 7], **names)
+
+
+def test_a_generate_of_the_instance_is_called_and_put_back():
+    model = llama()
+    model.generate = own = lambda *args, **kwargs: (args, kwargs)
+    model = with_adapters(model, ["q_proj"])
+    assert model.generate(1, key=2) == ((1,), {"key": 2})
+    assert unload(model).generate is own

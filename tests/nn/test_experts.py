@@ -153,6 +153,25 @@ def test_a_module_that_reads_its_parameter_otherwise():
     assert not torch.allclose(found, layer.base_layer(x))
 
 
+class Computes(nn.Module):
+    """Uses parts of its parameter in other functions than products, and with operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        return x * w[1].sum(0) + (2 * w[2] - w[0]).amax(0) + w[[2, 0]].mean((0, 1)) + (w**2).sum() + (-w).amin()
+
+
+def test_a_module_that_computes_with_its_parameter():
+    model, x = adapted(nn.ModuleDict({"m": Computes()}), target_parameters=["m.weight"]).eval(), torch.randn(5, 6)
+    y, base = model["m"](x), model["m"].base_layer(x)
+    assert not torch.allclose(y, base)
+    torch.testing.assert_close(y, merge(model)["m"](x))
+
+
 # --- bare parameters --------------------------------------------------------------------------------------------------
 
 
