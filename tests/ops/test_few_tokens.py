@@ -10,6 +10,12 @@ from lora_ext import _load, functional
 from lora_ext.nn.base_product import few_tokens
 
 
+def test_for_how_many_tokens_the_kernel_is_used():
+    multiplies_pairs = _load.cpu_isa() in ("avx512_bf16", "amx")
+    numbers = {"float64": 8, "float32": 32, "bfloat16": 32 if multiplies_pairs else 8, "float16": 8}
+    assert {dtype: _load.few_tokens(dtype) for dtype in numbers} == numbers
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
     layer = random_layer((4, 600, 900, 16), (dtype, dtype))
