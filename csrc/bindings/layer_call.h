@@ -62,7 +62,8 @@ inline BaseWeights weights_of(std::span<const Layer> layers) {
   return weights;
 }
 
-// What both halves of a call have. like: [..., features], with the tokens, the dtype and the device of x.
+// Sets the fields that the shrink and the expand of a call share. like: x, or a tensor [..., features] with as many
+// tokens, of its dtype and on its device.
 template <class Params>
 void set_sizes(Params& p, const Tensor& like, std::span<const Layer> layers) {
   p.num_tokens = count_tokens(like);

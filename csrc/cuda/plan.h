@@ -15,6 +15,7 @@
 
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <vector>
 
@@ -87,7 +88,7 @@ enum class Kernel : uint8_t {
   kGroupedFactorSums,
   kGroupedChunkSums,
 };
-// Of the functions, without "_kernel".
+// The names of the kernels in the order of the enum: those of their functions, without "_kernel".
 inline constexpr const char* kKernelNames[] = {"pack_factors",        "shrink",
                                                "shrink_and_sum",      "token_sum",
                                                "rank_sums",           "expand_short",
@@ -97,11 +98,13 @@ inline constexpr const char* kKernelNames[] = {"pack_factors",        "shrink",
                                                "few_rows_shrink",     "few_rows_expand",
                                                "grouped_shrink",      "grouped_expand",
                                                "grouped_factor_sums", "grouped_chunk_sums"};
+static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kGroupedChunkSums) + 1);
 
 // The result that a launch computes. shrink_and_sum computes grad_lora_B, too.
 enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients, kMask, kIndex };
 inline constexpr const char* kResultNames[] = {"factors",     "xa",          "y",         "grad_xa", "grad_x",
                                                "grad_lora_A", "grad_lora_B", "gradients", "mask",    "index"};
+static_assert(std::size(kResultNames) == static_cast<size_t>(Result::kIndex) + 1);
 
 struct PlannedLaunch {
   Kernel kernel;
