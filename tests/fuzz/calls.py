@@ -117,9 +117,10 @@ def make(name: str, numbers: Sequence[int]) -> Call:
         _make_odd(choices, call)
         if choices.chance(50):
             _make_wrong(choices, call)
-    except Exception:  # PyTorch makes no such tensor
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # PyTorch makes no such tensor
         call.is_void = True
-    # Of an op PyTorch reads what is no list, to print it; functions may call other ops of PyTorch.
+    # PyTorch reads some wrong arguments before our ops see them: to name a tensor that stands for a list in its error,
+    # and in functions, which call other ops of PyTorch. Of memory that is missing it would crash.
     read = [
         v for n, v in call.arguments.items() if function.startswith(FUNCTION) or (n in lists and isinstance(v, Tensor))
     ]
@@ -284,7 +285,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": lambda t: torch.cat([t.new_full((1,), 77), t.flatten()])[1:].view(t.shape),
     "the middle of a storage": lambda t: torch.cat([t[:1], t, t[:1]])[1:-1],
 }
-# Of tensors that are written to: the output of a base layer is contiguous, rows of a merged weight may be apart.
+# The layouts that an op accepts of a tensor it changes: y must be contiguous; a weight to merge into may have gaps
+# between its rows.
 IN_PLACE = {name: LAYOUTS[name] for name in ("unaligned", "the middle of a storage")}
 MERGED = IN_PLACE | {"gaps between rows": LAYOUTS["gaps between rows"]}
 

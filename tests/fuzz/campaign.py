@@ -67,7 +67,7 @@ class _Worker:
         """Returns the function that was called, the call in words, and its outcome."""
         if self._process is None:
             self._start()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: its output ends below, which is a finding
             self._process.stdin.write(f"{json.dumps(numbers)}\n")
             self._process.stdin.flush()
         function, text = json.loads(self._process.stdout.readline() or '["", "a call that could not be made"]')
@@ -81,7 +81,7 @@ class _Worker:
         """Lets the process end by itself, so that a sanitizer can report; returns its exit code and its last output."""
         if self._process is None:
             return 0, ""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: its exit code says how
             self._process.stdin.close()
         code = self._process.wait()
         self._errors.seek(0)

@@ -22,7 +22,7 @@ def run(call: Call) -> Outcome:
     watched = Watched(arguments)
     try:
         before = {name: plain(value) for name, value in arguments.items()}
-    except Exception:
+    except (CannotTell, RuntimeError, TypeError):  # PyTorch cannot copy an argument: the call runs, uncompared
         before = None
     try:
         result = call.run(**arguments)
