@@ -51,7 +51,7 @@ def explain(
     arguments = {parameter: arguments[parameter] for parameter in parameters}
     if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
         return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
-    # PyTorch takes a tensor without dimensions for a number, but for no list.
+    # PyTorch accepts a tensor without dimensions in place of a number, but not in place of a list.
     lists = {n for n, parameter in parameters.items() if "Sequence" in str(parameter.annotation)}
     check_types(function, {n: v for n, v in arguments.items() if n in lists or not (_is_tensor(v) and v.dim() == 0)})
     check_tensors(name, arguments)
