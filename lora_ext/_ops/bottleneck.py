@@ -81,6 +81,8 @@ def compute_bottleneck(x, down_weight, down_bias, up_weight, up_bias, residual, 
     if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
         # PyTorch would broadcast it, cast it or, if it is a meta tensor, leave it out.
         raise RuntimeError("bottleneck: a bias does not fit")
+    if residual is not None and residual.shape[:-1] != x.shape[:-1]:  # lora_expand only compares numbers of tokens
+        raise RuntimeError("bottleneck: the residual does not fit")
     tensors = x, down_weight, down_bias, up_weight, up_bias, residual
     # Compilers and transforms look inside: the ops know what to do.
     if torch.compiler.is_compiling() or is_transformed(*tensors) or not any_requires_grad(*tensors):

@@ -108,7 +108,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     adapters.check_names("delete_adapter", [name])
     if name in adapters.active.names:
         others = sorted(adapters.configs.keys() - {name})
-        raise RuntimeError(f"delete_adapter: {name!r} is active; call set_adapter with one of {others}, or unload")
+        remedy = f"set_adapter with one of {others}, or unload" if others else "unload(model), as it is the last one"
+        raise RuntimeError(f"delete_adapter: {name!r} is active; call {remedy}")
     check_unmerged("delete_adapter", model, name)
     adapters.active.check_unused("delete_adapter")
     adapters.remove(name)

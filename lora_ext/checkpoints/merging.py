@@ -208,7 +208,11 @@ def _open_adapters(
         raise ValueError(
             f"merge: weights is {list(weights)}, want {len(adapters)} finite numbers, one for each adapter"
         )
+    seen = set()
     for directory in map(Path, adapters):
+        if (real := directory.resolve()) in seen:
+            raise ValueError(f"merge: {directory} is given twice; give it once, with the sum of the weights")
+        seen.add(real)
         _check_method(directory)
     return [open_adapter(one, caller="merge") for one in adapters]
 

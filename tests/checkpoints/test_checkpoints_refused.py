@@ -158,6 +158,8 @@ def test_weights_are_one_for_each_adapter(llama_files, tmp_path):
     refuses(base, [], tmp_path / "out", "no adapter is given")
     for weights in ([], [1.0, 2.0], [math.nan]):
         refuses(base, [adapter], tmp_path / "out", "want 1 finite numbers", weights=weights)
+    (tmp_path / "link").symlink_to(adapter)
+    refuses(base, [adapter, tmp_path / "link"], tmp_path / "out", "link is given twice; give it once")
 
 
 # --- kinds of adapters ------------------------------------------------------------------------------------------------

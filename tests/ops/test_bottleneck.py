@@ -34,6 +34,12 @@ def test_the_residual_may_be_wider_than_x():
     assert torch.equal(functional.bottleneck(**call), residual)
 
 
+def test_a_residual_of_another_shape_is_refused_also_with_as_many_tokens():
+    call = op_table.bottleneck(size=(1, 24, 20, 4)).call
+    with pytest.raises(ValueError, match=r"^bottleneck: residual has shape \[20\] but x has \[1, 24\]"):
+        functional.bottleneck(**call | {"residual": call["residual"].reshape(20)})
+
+
 def test_the_gradients_of_the_ops_alone():
     ops = torch.ops.lora_ext
     shrink, expand = (make(DOUBLE, size=(5, 6, 7, 3)).call for make in (op_table.shrink, op_table.expand))

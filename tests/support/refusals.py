@@ -321,6 +321,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.delete_adapter, *BARE),
     (adapters.delete_adapter, {"name": "x"}, KeyError, NO_ADAPTER),
     (adapters.delete_adapter, {"name": "b"}, RuntimeError, "'b' is active; call set_adapter with one of ['a'], or u"),
+    (adapters.delete_adapter, {"model": tied, "name": "b"}, RuntimeError, "'b' is active; call unload(model), as it"),
     (adapters.delete_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
     (adapters.delete_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (adapters.rename_adapter, *BARE),
