@@ -82,7 +82,7 @@ test: $(VENV)/.test $(VENV)/.built
 test-quick: $(VENV)/.test $(VENV)/.built
 	$(PYTEST) --quick $(SELECTED)
 
-test-full: $(VENV)/.test $(VENV)/.built
+test-full: $(VENV)/.test $(VENV)/.built $(VENV)/.deepspeed
 	$(PYTEST) --slow --lives 200 $(SELECTED)
 
 test-emulator: $(VENV)/.test $(VENV)/.built
@@ -214,6 +214,11 @@ $(VENV)/.coverage: $(VENV)/.test
 # Packages that PEFT's tests import.
 $(VENV)/.conformance: $(VENV)/.test
 	@$(BIN)/pip install --quiet diffusers datasets
+	@touch $@
+
+# The real one, for tests/distributed. Without its own kernels, which only CUDA needs.
+$(VENV)/.deepspeed: $(VENV)/.test
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation 'deepspeed>=0.19'
 	@touch $@
 
 # An editable install with its extras; it compiles into build/, where later builds find the objects.
