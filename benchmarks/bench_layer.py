@@ -1,6 +1,7 @@
 """Measures a LoRA linear layer and its peers against their frozen base, in inference and in training.
 
-    python benchmarks/bench_layer.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072] [--write]
+    python benchmarks/bench_layer.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072]
+        [--float32-factors] [--write]
 
 Every contestant is its public module, with autograd and Python, on the same weights and inputs. Contestants are timed
 only if they agree on outputs and gradients (without dropout). Three tables: the forward without autograd, and forward
@@ -38,6 +39,8 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
     if with_compile:
         contestants.forget_compiled()
     makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
+    for name in ("lora_ext", "peft") if run.args.float32_factors and dtype.itemsize == 2 else ():
+        makes[f"{name}, float32 factors"] = contestants.with_float32_factors(contestants.LAYERS[name])
     modules = contestants.on_same_weights(shape, dtype, run.args.device, run.args.rank, dropouts, makes)
     x, grad_ys = random_x_and_grad_y(shape, dtype, run)
     if with_compile and (reason := contestants.why_not_compiled([m[COMPILED] for m in modules.values()], x, grad_ys)):
@@ -94,6 +97,7 @@ def main() -> None:
     report.add_shapes(parser)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--float32-factors", action="store_true", help="add 16-bit layers with float32 factors")
     parser.add_argument(
         "--rivals",
         action="store_true",

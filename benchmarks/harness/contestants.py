@@ -54,7 +54,8 @@ def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Modul
     layer = inject_adapter_in_model(config, nn.Sequential(base))[0]
     with torch.no_grad():
         layer.lora_A.default.weight.copy_(A), layer.lora_B.default.weight.copy_(B)
-    return layer.to(A.dtype)
+    layer.lora_A.to(A.dtype), layer.lora_B.to(A.dtype)  # not the base layer, which others share
+    return layer
 
 
 def make_accelerated(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
@@ -73,6 +74,11 @@ def make_loralib(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Mo
     layer.weight, layer.bias = base.weight, base.bias
     layer.lora_A, layer.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
     return layer
+
+
+def with_float32_factors(make: Make) -> Make:
+    """``make`` as both packages adapt a 16-bit layer by default."""
+    return lambda base, A, B, dropout: make(base, A.float(), B.float(), dropout)
 
 
 def make_compiled(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +93,11 @@ class QuantizedWeight(ABC):
         return
 
 
-def class_names(thing: Any, library: str) -> set[str]:
+def class_names(thing: Any, library: str) -> frozenset[str]:
     """The names of the classes of ``thing`` that ``library`` defines."""
-    return {kind.__name__ for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] == library}
+    return _names_in(type(thing), library)
+
+
+@functools.lru_cache(256)  # asked of every layer of a model, several times
+def _names_in(kind: type, library: str) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.partition(".")[0] == library)
