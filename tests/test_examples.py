@@ -11,7 +11,7 @@ import pytest
 
 from lora_ext.integrations.peft import report
 
-pytestmark = pytest.mark.cpu_only("the examples name no device")
+pytestmark = [pytest.mark.cpu_only("the examples name no device"), pytest.mark.full]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,14 +48,12 @@ def test_merge_in_a_loop():
     assert all(0.0 <= divergence < 1e-3 for _, divergence in results.values())
 
 
-@pytest.mark.full
 def test_merge_and_serve(tmp_path, capsys):
     assert main_of("merge_and_serve.py")(tmp_path) == 0
     adapted, merged = (line.split(":")[1].split() for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert len(adapted) == 16 and adapted == merged
 
 
-@pytest.mark.full
 def test_generate(tmp_path):
     mixed, merged = main_of("generate.py")(tmp_path)
     assert merged == list(TAUGHT.values())
@@ -65,7 +63,6 @@ def test_generate(tmp_path):
 
 @WAYS
 @TRAINERS
-@pytest.mark.full
 def test_trainer(way):
     said, losses, loss = main_of("trainer.py")(way)
     assert said == TAUGHT
@@ -74,7 +71,6 @@ def test_trainer(way):
 
 
 @WAYS
-@pytest.mark.full
 def test_accelerate_loop(way):
     said, whole, resumed = main_of("accelerate_loop.py")(way)
     assert said == TAUGHT and resumed == whole
@@ -82,27 +78,23 @@ def test_accelerate_loop(way):
 
 @WAYS
 @TRAINERS
-@pytest.mark.full
 def test_sft(way):
     assert main_of("sft.py")(way) == TAUGHT
 
 
 @TRAINERS
-@pytest.mark.full
 def test_dpo():
     losses = main_of("dpo.py")()
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.1
 
 
 @TRAINERS
-@pytest.mark.full
 def test_grpo():
     rewards = main_of("grpo.py")()
     assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
 
 
 @TRAINERS
-@pytest.mark.full
 @pytest.mark.parametrize("name", ["trainer.py", "accelerate_loop.py", "sft.py", "dpo.py", "grpo.py"])
 def test_the_other_way_is_peft_on_our_kernels(name):
     """tests/peft/test_trainers.py compares what both ways learn in these trainers."""
@@ -111,7 +103,6 @@ def test_the_other_way_is_peft_on_our_kernels(name):
     assert isinstance(model, peft.PeftModel) and "14 of 14 LoRA layers on lora_ext's ops" in str(report(model))
 
 
-@pytest.mark.full
 def test_many_adapters(tmp_path, capsys):
     mixed, alone, stats = main_of("many_adapters.py")(tmp_path, number=32)
     assert mixed == alone and len({tuple(tokens) for tokens in mixed}) == 4

@@ -93,6 +93,7 @@ def test_python_of_the_vietnamese_readme():
     assert english == vietnamese
 
 
+@pytest.mark.full
 def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
     finetuned, several, exported = python_blocks("docs/adapters.md")
@@ -124,6 +125,7 @@ def test_python_of_peft_md(in_tmp_path):
     assert all(entry.accelerated for entry in report(trainer.model))
 
 
+@pytest.mark.full
 def test_python_of_quantized_md(in_tmp_path):
     (block,) = python_blocks("docs/quantized.md")
     model = run(block)["plain"]

@@ -83,6 +83,7 @@ def test_exit_statuses(monkeypatch, capsys):
             command(monkeypatch, bug)
 
 
+@pytest.mark.full
 def test_a_full_output_is_an_error_and_a_reader_that_ends_is_none():
     reading, writing = os.pipe()
     os.close(reading)

@@ -6,7 +6,7 @@ import pytest
 
 from .reading import cases_of, problem_of
 
-pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
 
 @pytest.mark.parametrize("attack", ["config", "weights", "method", "kinds", "random", "checkpoint"])

@@ -39,7 +39,7 @@ of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 BFLOAT16 = (torch.bfloat16, torch.bfloat16)
 MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one
-SOMETIMES = ("lora_delta_", "lora_linear_siblings", "bottleneck")  # not in make test-quick
+SOMETIMES = ("lora_delta_", "lora_linear_siblings", "lora_delta_siblings", "bottleneck")  # not in make test-quick
 
 
 @pytest.fixture
@@ -100,6 +100,7 @@ def test_ranks(name, rank, dtypes, dropout_p):
     assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p)
 
 
+@pytest.mark.full
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(["lora_linear", "lora_linear_siblings"]),
