@@ -1,6 +1,7 @@
 // Checks that no tensor that an op changes shares memory with another argument.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "arguments.h"
@@ -10,6 +11,7 @@ namespace lora_ext {
 // The memory of an argument: rows of row_bytes, row_stride bytes apart.
 struct MemoryRegion {
   ArgumentName name;
+  size_t order;  // among the arguments
   const char *begin, *end;
   int64_t row_bytes, row_stride;  // of a matrix; row_stride is 0 for any other tensor
   bool changes;
@@ -25,6 +27,7 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
   const bool is_matrix = dims == 2 && tensor.size(0) > 1 && (tensor.size(1) == 1 || tensor.stride(1) == 1);
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
   regions.push_back({.name = name,
+                     .order = regions.size(),
                      .begin = begin,
                      .end = begin + (last + 1) * size,
                      .row_bytes = is_matrix ? tensor.size(1) * size : 0,
@@ -47,10 +50,13 @@ inline void check_disjoint(std::span<const Parameter> parameters, const Argument
   for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter& p) {
     add_region(regions, name, tensor, p.changes);
   });
-  for (const MemoryRegion& changed : regions) {
-    for (const MemoryRegion& other : regions) {
-      if (!changed.changes || &changed == &other || !share_bytes(changed, other)) continue;
-      refuse<refusals::kSharedMemory>(changed.name, other.name);
+  // A merge of a mixture has tens of thousands of them: only those whose extents overlap are compared.
+  std::ranges::sort(regions, {}, &MemoryRegion::begin);
+  for (auto a = regions.begin(); a != regions.end(); ++a) {
+    for (auto b = a + 1; b != regions.end() && b->begin < a->end; ++b) {
+      if (!(a->changes || b->changes) || !share_bytes(*a, *b)) continue;
+      const bool a_is_named = a->changes && (!b->changes || a->order < b->order);
+      refuse<refusals::kSharedMemory>(a_is_named ? a->name : b->name, a_is_named ? b->name : a->name);
     }
   }
 }
