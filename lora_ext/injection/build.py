@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -85,15 +86,16 @@ class Injection:
             kinds = (DoraLinear,)
         return next((kind for kind in kinds if kind.adapts(module)), None)
 
-    def _adapted(self) -> Iterator[tuple[str, str, type[LoraLayer] | None]]:
-        """Yields ``(path, path that sets the rank, class of layer)`` of the targets and of modules adapted along."""
-        seen = set()
+    @functools.cached_property
+    def _adapted(self) -> list[tuple[str, str, type[LoraLayer] | None]]:
+        """``(path, path that sets the rank, class of layer)`` of the targets and of modules adapted along."""
+        found = {}
         for target in self.targets.modules:
             along = getattr(self._kind(target, target), "adapted_along", ())
             for path in (target, *(f"{target}.{name}" for name in along)):
-                if path not in seen and path not in self.trained:
-                    seen.add(path)
-                    yield path, target, self._kind(path, target)
+                if path not in found and path not in self.trained:
+                    found[path] = path, target, self._kind(path, target)
+        return list(found.values())
 
     def _attention_around(self, path: str) -> nn.MultiheadAttention | None:
         """The attention whose ``out_proj`` is at ``path``, or None."""
@@ -113,7 +115,7 @@ class Injection:
             )
 
     def _of_layers(self) -> Iterator[tuple[str, str | None]]:
-        for path, setting, kind in self._adapted():
+        for path, setting, kind in self._adapted:
             yield f"{path} ({type(self.bare.modules[path]).__name__})", self._why_not(path, setting, kind)
 
     def _why_not(self, path: str, setting: str, kind: type[LoraLayer] | None) -> str | None:
@@ -200,7 +202,7 @@ class Injection:
         return Adapter(self.name, self.config, self.into, parts, self._biases(parts))
 
     def _lora_parts(self, device: torch.device | None) -> Iterator[Part]:
-        for path, setting, kind in self._adapted():
+        for path, setting, kind in self._adapted:
             module = self.bare.modules[path]
             adapter = kind.new_adapter(module, self.config, setting, device or execution_device(module))
             packed = {"num_parts": len(self.config.enable_lora_for(setting))} if kind is LoraPackedLinear else {}
