@@ -132,7 +132,7 @@ inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const 
        .max_rank = groups.max_rank,
        .grad_y = call.kept.address(grad_y_rows),
        .xa = want_B ? call.kept.address(as_contiguous(*xa)) : nullptr,
-       .mask = threshold > 0 && (want_x || want_A) ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+       .mask = saved_mask(mask, threshold > 0 && (want_x || want_A), call.kept),
        .grad_y_stride = grad_y_rows.stride(0),
        .dtype = dtype,
        .factor_dtype = groups.factor_dtype,
