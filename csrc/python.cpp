@@ -63,7 +63,7 @@ std::string base_product() {
 
 std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
   std::map<std::string, std::pair<std::string, std::string>> texts;
-  for (const refusals::Refusal* refusal : refusals::kAll) texts[refusal->name] = {refusal->error, refusal->text};
+  for (const refusals::Refusal& refusal : refusals::kAll) texts[refusal.name] = {refusal.error, refusal.text};
   return texts;
 }
 

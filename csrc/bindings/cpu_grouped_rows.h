@@ -65,7 +65,7 @@ inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, co
   int64_t* const count_of = counts.data() + 1;  // from group -1 on
   for (int64_t i = 0; i < entries; ++i) {
     if (group_at[i] < -1 || group_at[i] >= groups.num_groups) {
-      refuse<refusals::kGroup>(index_text(group_of_row, i), group_at[i], groups.num_groups - 1);
+      refuse<"group">(index_text(group_of_row, i), group_at[i], groups.num_groups - 1);
     }
     ++count_of[group_at[i]];
   }
@@ -84,9 +84,9 @@ inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, co
     const int64_t most = groups.entries[entry].rank;
     const int64_t rank = rank_of == nullptr ? most : rank_of[g];
     if (rank < 0 || rank > most) {
-      refuse<refusals::kGroupRank>(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
+      refuse<"group_rank">(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
     }
-    if (!std::isfinite(scaling_of[g])) refuse<refusals::kGroupScaling>(g, number_text(scaling_of[g]));
+    if (!std::isfinite(scaling_of[g])) refuse<"group_scaling">(g, number_text(scaling_of[g]));
     if (rank == 0) {
       skipped += count_of[g];
       continue;

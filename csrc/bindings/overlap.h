@@ -50,7 +50,7 @@ inline void check_disjoint(std::span<const Parameter> parameters, const Argument
   for (const MemoryRegion& changed : regions) {
     for (const MemoryRegion& other : regions) {
       if (!changed.changes || &changed == &other || !share_bytes(changed, other)) continue;
-      refuse<refusals::kSharedMemory>(changed.name, other.name);
+      refuse<"shared_memory">(changed.name, other.name);
     }
   }
 }
