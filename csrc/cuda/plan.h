@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "../common/params.h"
-#include "grouped.h"
 #include "sizes.h"
 
 namespace lora_ext::cuda {
@@ -53,6 +52,10 @@ struct LoraCall {
 };
 
 // A call of lora_grouped_ or of its backward: one of the first two is not null.
+//
+// Which row has which group, the ranks and the scalings are read on the device only: nothing waits for it, and a CUDA
+// graph that captured a call follows their later values. Grids have a size that suits every choice. So a number that
+// does not exist cannot be refused: its row of y and of grad_x becomes NaN.
 struct GroupedCall {
   const LoraGroupedForwardParams* forward = nullptr;
   const LoraGroupedBackwardParams* backward = nullptr;
@@ -66,6 +69,8 @@ struct GroupedCall {
 
   DType dtype() const { return forward ? forward->dtype : backward->dtype; }  // of x
 };
+
+constexpr int64_t kMostGroupedRows = 2147483647;  // that the index takes
 
 enum class Kernel : uint8_t {
   kShrink,
@@ -182,7 +187,6 @@ struct Plan {
   }
 };
 
-// The grids of a GroupedCall have a size that suits every choice of the rows.
 Plan make_plan(const LoraCall& call, const Gpu& gpu);
 Plan make_plan(const GroupedCall& call, const Gpu& gpu);
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../grouped.h"
+#include "../../common/params.h"
 #include "../mma/tile_sizes.h"
 #include "../sizes.h"
 
