@@ -57,9 +57,8 @@ def _short(kernel: str) -> str:
 
 def forward_stages(kernels: list[str]) -> list[str]:
     """Returns the stage of each kernel of one lora_linear, in launch order."""
-    others = {"pack": "pack", "expand": "expand", "few_tokens": "few_tokens"}
     return [  # the rest is shrink, with its sums
-        next((stage for begin, stage in others.items() if name.startswith(begin)), "shrink")
+        next((stage for stage in ("expand", "few_tokens") if name.startswith(stage)), "shrink")
         for name in map(_short, kernels)
     ]
 
@@ -73,9 +72,7 @@ def backward_stages(kernels: list[str]) -> list[str]:
     sums = [i for i, name in enumerate(names) if re.match(r"token_sum|shrink_and_sum", name)]
     stages = []
     for i, name in enumerate(names):
-        if name.startswith("pack"):
-            stages.append("pack")
-        elif name.startswith("expand"):
+        if name.startswith("expand"):
             stages.append("grad_x")
         else:
             stages.append("grad_a" if sums and i >= sums[-1] else "grad_b")

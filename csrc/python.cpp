@@ -63,7 +63,7 @@ std::string base_product() {
 
 std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
   std::map<std::string, std::pair<std::string, std::string>> texts;
-  for (const refusals::Refusal* refusal : refusals::kAll) texts[refusal->name] = {refusal->error, refusal->text};
+  for (const refusals::Refusal& refusal : refusals::kAll) texts[refusal.name] = {refusal.error, refusal.text};
   return texts;
 }
 
@@ -226,15 +226,15 @@ Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features,
                   bool backward, const std::string& dtype, const std::string& factor_dtype, bool dropout, int sms) {
   check(num_tokens, in_features, {{out_features, rank}}, dtype, sms);
   if (groups < 0) throw py::value_error("plan: a size is negative");
-  const cuda::GroupedRows rows{.num_tokens = num_tokens,
-                               .num_groups = groups,
-                               .num_entries = num_tokens,
-                               .rows_per_entry = 1,
-                               .group_of_row = nullptr,
-                               .scalings = nullptr,
-                               .ranks = nullptr,
-                               .rescale = 1.0,
-                               .has_ranks = false};
+  const GroupedRows rows{.num_tokens = num_tokens,
+                         .num_groups = groups,
+                         .num_entries = num_tokens,
+                         .rows_per_entry = 1,
+                         .group_of_row = nullptr,
+                         .scalings = nullptr,
+                         .ranks = nullptr,
+                         .rescale = 1.0,
+                         .has_ranks = false};
   GroupedEntry stack{};
   stack.rank = rank;
   stack.wants_grad_A = stack.wants_grad_B = backward;

@@ -57,7 +57,6 @@ FAMILIES = [
     Family("merge, float64", r"^merge_kernel<double, ", blocks_per_sm=1, wide_loads=True, wide_stores=True),
     Family("merge's plan", r"^merge_kernel<\w+, 0,", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
-    Family("pack factors", r"^mma::pack_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on an SM, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),

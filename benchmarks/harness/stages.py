@@ -40,10 +40,7 @@ class Case:
 
 
 def stage_bytes(case: Case) -> dict[str, int]:
-    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors' dtype).
-
-    pack is left out: it moves only the factors, which are small.
-    """
+    """Bytes of each stage: its tall matrix once, the mask's bits, and the skinny operands (float32; factors' dtype)."""
     tokens, features, outputs = case.shape
     wide = 8 if case.dtype == torch.float64 else 4
     element = case.dtype.itemsize

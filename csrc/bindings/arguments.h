@@ -183,13 +183,13 @@ inline void check_tensors(std::span<const Parameter> parameters, const Argument*
   for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter&) {
     bool is_there;  // Python's None arrives as an undefined tensor
     LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
-    if (!is_there) refuse<refusals::kMissingTensor>(name);
+    if (!is_there) refuse<"missing_tensor">(name);
     const DeviceOf device = device_of(tensor);
     if (!first) {
       first = name;
       first_device = device;
     } else if (!(device == first_device)) {
-      refuse<refusals::kDevice>(name, device, *first, first_device);
+      refuse<"device">(name, device, *first, first_device);
     }
     if (!has_its_memory(tensor)) {
       fail(name, " is ", sizes_text(tensor.sizes()), ", but its storage has been freed or made smaller");

@@ -18,28 +18,28 @@ namespace lora_ext {
 // --- numbers ---
 
 inline void check_scaling(const ArgumentName& name, double scaling) {
-  if (!std::isfinite(scaling)) refuse<refusals::kNotFinite>(name, number_text(scaling));
+  if (!std::isfinite(scaling)) refuse<"not_finite">(name, number_text(scaling));
 }
 
 // With a base layer's weight, as in lora_linear.
 inline void check_layer_scaling(const ArgumentName& name, double scaling) {
   check_scaling(name, scaling);
-  if (scaling < 0.0) refuse<refusals::kNegative>(name, number_text(scaling));
+  if (scaling < 0.0) refuse<"negative">(name, number_text(scaling));
 }
 
 inline void check_dropout(double dropout_p) {
-  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) refuse<refusals::kDropout>(number_text(dropout_p));
+  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) refuse<"dropout">(number_text(dropout_p));
 }
 
 inline void check_seed(const Tensor& seed) {
   if (dtype_code(seed) == aoti_torch_dtype_int64() && seed.numel() == 1) return;
-  refuse<refusals::kSeed>(dtype_name(seed), sizes_text(seed.sizes()));
+  refuse<"seed">(dtype_name(seed), sizes_text(seed.sizes()));
 }
 
 inline void check_dropout_and_seed(double dropout_p, const std::optional<Tensor>& seed) {
   check_dropout(dropout_p);
   if (dropout_p == 0.0) return;
-  if (!seed) refuse<refusals::kNoSeed>(number_text(dropout_p));
+  if (!seed) refuse<"no_seed">(number_text(dropout_p));
   check_seed(*seed);
 }
 
@@ -47,19 +47,19 @@ inline void check_dropout_and_seed(double dropout_p, const std::optional<Tensor>
 
 inline void check_num_layers(const char* name, size_t length) {
   if (length >= 1 && length <= kMaxSiblings) return;
-  refuse<refusals::kLength>(name, length, "1 to " + std::to_string(kMaxSiblings));
+  refuse<"length">(name, length, "1 to " + std::to_string(kMaxSiblings));
 }
 
 // --- backwards ---
 
 inline void check_output_mask(const std::vector<bool>& output_mask, size_t entries) {
-  if (output_mask.size() != entries) refuse<refusals::kLength>("output_mask", output_mask.size(), entries);
+  if (output_mask.size() != entries) refuse<"length">("output_mask", output_mask.size(), entries);
 }
 
 // Checks that what only one gradient reads is there where that gradient is wanted.
 inline void check_is_saved(const char* name, const std::optional<Tensor>& tensor, bool is_wanted,
                            const char* gradient) {
-  if (is_wanted && !tensor) refuse<refusals::kNotSaved>(gradient, name);
+  if (is_wanted && !tensor) refuse<"not_saved">(gradient, name);
 }
 
 // A tensor [rows, cols] of one dtype, contiguous: a mask, or the words of a record.
@@ -68,7 +68,7 @@ inline void check_contiguous_matrix(const ArgumentName& name, const Tensor& tens
   const bool is_good = dtype_code(tensor) == dtype && tensor.dim() == 2 && tensor.size(0) == rows &&
                        tensor.size(1) == cols && tensor.is_contiguous();
   if (is_good) return;
-  refuse<refusals::kContiguousMatrix>(name, dtype_name(dtype), sizes_text(std::initializer_list<int64_t>{rows, cols}));
+  refuse<"contiguous_matrix">(name, dtype_name(dtype), sizes_text(std::initializer_list<int64_t>{rows, cols}));
 }
 
 // Checks what the forward saved: xa [tokens of grad_y, total_rank] and the mask, where they are wanted.
@@ -81,15 +81,15 @@ inline void check_saved(const std::optional<Tensor>& x, const std::optional<Tens
   const int64_t num_tokens = count_tokens(grad_y);
   if (output_mask[2]) {
     if (xa->dim() != 2 || xa->size(0) != num_tokens || xa->size(1) != rank) {
-      refuse<refusals::kSavedXa>(rank_name, sizes_text(std::initializer_list<int64_t>{num_tokens, rank}));
+      refuse<"saved_xa">(rank_name, sizes_text(std::initializer_list<int64_t>{num_tokens, rank}));
     }
     const DType acc = accumulation_dtype(dtype_of(grad_y));
     if (dtype_code(*xa) != dtype_code(acc)) {
-      refuse<refusals::kAccumulationDtype>("xa", dtype_name(*xa), dtype_name(acc));
+      refuse<"accumulation_dtype">("xa", dtype_name(*xa), dtype_name(acc));
     }
   }
   if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
-    if (!mask) refuse<refusals::kNoMask>(number_text(dropout_p));
+    if (!mask) refuse<"no_mask">(number_text(dropout_p));
     check_contiguous_matrix({"mask"}, *mask, aoti_torch_dtype_uint8(), num_tokens, mask_row_bytes(in_features));
   }
 }
@@ -103,7 +103,7 @@ inline int64_t size_from_end(const Tensor& tensor, int64_t from_end) { return te
 inline void check_groups(const char* name, const Tensor& tensor, const std::vector<Tensor>& lora_As,
                          const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
   const auto check_wanted_dtype = [](const char* argument, const Tensor& given, int32_t dtype) {
-    if (dtype_code(given) != dtype) refuse<refusals::kWantedDtype>(argument, dtype_name(given), dtype_name(dtype));
+    if (dtype_code(given) != dtype) refuse<"wanted_dtype">(argument, dtype_name(given), dtype_name(dtype));
   };
   check_wanted_dtype("group_of_row", group_of_row, aoti_torch_dtype_int64());
   bool is_first_dimensions = group_of_row.dim() < tensor.dim();
@@ -111,15 +111,15 @@ inline void check_groups(const char* name, const Tensor& tensor, const std::vect
     is_first_dimensions = group_of_row.size(i) == tensor.size(i);
   }
   if (!is_first_dimensions) {
-    refuse<refusals::kGroupOfRow>(sizes_text(group_of_row.sizes()), name, sizes_text(tensor.sizes()));
+    refuse<"group_of_row">(sizes_text(group_of_row.sizes()), name, sizes_text(tensor.sizes()));
   }
   int64_t num_groups = 0;
   for (const Tensor& A : lora_As) num_groups += A.dim() == 3 ? A.size(0) : 1;
   const auto check_numbers = [&](const char* argument, const Tensor& given, int32_t dtype) {
     check_wanted_dtype(argument, given, dtype);
     if (given.dim() == 1 && given.size(0) == num_groups) return;
-    refuse<refusals::kGroupNumbers>(argument, sizes_text(given.sizes()),
-                                    sizes_text(std::initializer_list<int64_t>{num_groups}));
+    refuse<"group_numbers">(argument, sizes_text(given.sizes()),
+                            sizes_text(std::initializer_list<int64_t>{num_groups}));
   };
   check_numbers("scalings", scalings, aoti_torch_dtype_float64());
   if (ranks) check_numbers("ranks", *ranks, aoti_torch_dtype_int64());
@@ -157,9 +157,9 @@ inline constexpr auto kCheckOf<schemas::kLoraLinearSiblings> = [](auto&, auto& w
                                                                   double dropout_p, auto& seed) {
   const bool has_bases = weights.empty() && !bases.empty();
   check_num_layers(has_bases ? "bases" : "weights", has_bases ? bases.size() : weights.size());
-  if (has_bases && !biases.empty()) refuse<refusals::kLength>("biases", biases.size(), "0 without weights");
-  if (!has_bases && !bases.empty()) refuse<refusals::kLength>("bases", bases.size(), "0 with weights");
-  if (!has_bases && biases.empty()) refuse<refusals::kLengthLike>("biases", 0, "weights", weights.size());
+  if (has_bases && !biases.empty()) refuse<"length">("biases", biases.size(), "0 without weights");
+  if (!has_bases && !bases.empty()) refuse<"length">("bases", bases.size(), "0 with weights");
+  if (!has_bases && biases.empty()) refuse<"length_like">("biases", 0, "weights", weights.size());
   for (size_t i = 0; i < lora_As.size(); ++i) {
     const ArgumentName name{"scalings", static_cast<int>(i)};
     has_bases ? check_scaling(name, scalings[i]) : check_layer_scaling(name, scalings[i]);
@@ -233,19 +233,19 @@ inline constexpr auto kCheckOf<schemas::kLoraMerge> = [](auto& weights, auto&, a
     const ArgumentName name{"weights", static_cast<int>(i)};
     const Tensor& weight = weights[i];
     const int64_t rows = weight.size(0), cols = weight.size(1);
-    if (cols > 1 && weight.stride(1) != 1) refuse<refusals::kColumnStride>(name, weight.stride(1));
-    if (rows > 1 && weight.stride(0) < cols) refuse<refusals::kRowStride>(name, weight.stride(0), cols);
-    if (rows > kLargest || cols > kLargest) refuse<refusals::kMergeSize>(name, sizes_text(weight.sizes()));
+    if (cols > 1 && weight.stride(1) != 1) refuse<"column_stride">(name, weight.stride(1));
+    if (rows > 1 && weight.stride(0) < cols) refuse<"row_stride">(name, weight.stride(0), cols);
+    if (rows > kLargest || cols > kLargest) refuse<"merge_size">(name, sizes_text(weight.sizes()));
   }
   if (seeds.empty() && first_rows.empty()) return;
   if (seeds.size() != weights.size() || first_rows.size() != weights.size()) {
-    refuse<refusals::kMergeSeeds>(seeds.size(), first_rows.size(), weights.size(), weights.size());
+    refuse<"merge_seeds">(seeds.size(), first_rows.size(), weights.size(), weights.size());
   }
   if (!is_16_bit(dtype_of(weights[0]))) {
-    refuse<refusals::kStochasticDtype>(ArgumentName{"weights", 0}, dtype_name(weights[0]));
+    refuse<"stochastic_dtype">(ArgumentName{"weights", 0}, dtype_name(weights[0]));
   }
   for (const int64_t row : first_rows) {
-    if (row < 0) refuse<refusals::kNegative>("first_rows", row);
+    if (row < 0) refuse<"negative">("first_rows", row);
   }
 };
 template <>
@@ -259,7 +259,7 @@ inline constexpr auto kCheckOf<schemas::kLoraUnmerge> =
     [](auto& weights, auto& lora_As, auto& lora_Bs, auto& words, auto& corrections, auto& seeds, auto& first_rows) {
       kCheckOf<schemas::kLoraMerge>(weights, lora_As, lora_Bs, seeds, first_rows);
       if (words.size() != corrections.size()) {
-        refuse<refusals::kLengthLike>("words", words.size(), "corrections", corrections.size());
+        refuse<"length_like">("words", words.size(), "corrections", corrections.size());
       }
       for (size_t i = 0; i < words.size(); ++i) {
         const int index = static_cast<int>(i);
@@ -267,7 +267,7 @@ inline constexpr auto kCheckOf<schemas::kLoraUnmerge> =
                                 merge_segments(weights[i].size(1)));
         if (dtype_code(corrections[i]) != aoti_torch_dtype_int16() || corrections[i].dim() != 1 ||
             !corrections[i].is_contiguous()) {
-          refuse<refusals::kInt16Vector>(ArgumentName{"corrections", index});
+          refuse<"int16_vector">(ArgumentName{"corrections", index});
         }
       }
     };
@@ -277,11 +277,11 @@ inline constexpr auto kCheckOf<schemas::kLoraDropoutMask> =
     [](auto& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
       check_seed(seed);
       check_dropout(dropout_p);
-      if (num_tokens < 0) refuse<refusals::kNegative>("num_tokens", num_tokens);
-      if (in_features < 0) refuse<refusals::kNegative>("in_features", in_features);
+      if (num_tokens < 0) refuse<"negative">("num_tokens", num_tokens);
+      if (in_features < 0) refuse<"negative">("in_features", in_features);
       int64_t bytes;
       if (__builtin_mul_overflow(num_tokens, mask_row_bytes(in_features), &bytes)) {
-        refuse<refusals::kMaskTooLarge>(num_tokens, in_features);
+        refuse<"mask_too_large">(num_tokens, in_features);
       }
     };
 

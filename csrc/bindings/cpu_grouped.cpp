@@ -1,25 +1,12 @@
 // lora_grouped_, its backward and lora_grouped_linear on the CPU: sorts the rows by their groups, and runs the kernels
 // on each group's rows. csrc/schemas.h has the schemas.
-#include <tuple>
-
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_base_product.h"
 #include "cpu_grouped_rows.h"
-#include "op.h"
 
 namespace lora_ext::cpu {
 namespace {
-
-std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
-                                         const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
-                                         const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
-                                         const std::optional<Tensor>& seed) {
-  GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
-  const SortedRows sorted = sort_rows(call, group_of_row, scalings, ranks);
-  add_updates(call, sorted);
-  return {std::move(call.xa), std::move(call.mask)};
-}
 
 // Zeroes the gradients of entries with a slot that no chosen group writes as a whole.
 void zero_unwritten(GroupedBackwardCall& call, const SortedRows& sorted) {
@@ -41,17 +28,18 @@ void zero_unwritten(GroupedBackwardCall& call, const SortedRows& sorted) {
   }
 }
 
-std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora_grouped_backward(
-    const Tensor& grad_y, const std::optional<Tensor>& x, const std::vector<Tensor>& lora_As,
-    const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row, const Tensor& scalings,
-    const std::optional<Tensor>& ranks, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-    double dropout_p, const std::vector<bool>& output_mask) {
-  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
-  if (!call.has_nothing_to_write()) {
+struct GroupedCpu {
+  static constexpr bool kOnly16Bit = false;
+  using Guard = NoGuard;
+
+  static void forward(const GroupedForwardCall& call, const Choice& choice) {
+    add_updates(call, sort_rows(call.groups, choice));
+  }
+
+  static void backward(GroupedBackwardCall& call, const Choice& choice) {
     const LoraGroupedBackwardParams& p = call.params;
     const DType acc = accumulation_dtype(p.dtype);
-    const SortedRows sorted = sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens,
-                                        dropout_rescale(dropout_threshold(dropout_p)));
+    const SortedRows sorted = sort_rows(call.groups, choice);
     zero_unwritten(call, sorted);
     const GroupSums sums{.A = call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
                          .B = call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features)};
@@ -88,8 +76,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
       sum_gradients(run.kernels, gradients(item, run.item_sums[i], run.item_sums[i + 1]));
     }
   }
-  return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
-}
+};
 
 // The library multiplies few tokens by weights of fewer elements, which the cache holds: the kernel that reads a weight
 // once is faster for up to 8 tokens only, and rows have the bits of a call with gradients.
@@ -129,7 +116,8 @@ Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::opt
                            const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
   Tensor y = empty(sizes_with_last(x, weight.size(0)), dtype_of(x), x);
   const GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
-  const SortedRows sorted = sort_rows(call, group_of_row, scalings, ranks);
+  const SortedRows sorted =
+      sort_rows(call.groups, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, 0.0));
   std::optional<Tensor> bias_in_order;
   if (bias) bias_in_order = as_contiguous(*bias);
   multiply_base(y, weight, pointer_to(bias_in_order), call);
@@ -141,7 +129,6 @@ Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::opt
 }  // namespace lora_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  lora_ext::register_op<lora_ext::schemas::kLoraGrouped, &lora_ext::cpu::lora_grouped_>(m);
-  lora_ext::register_op<lora_ext::schemas::kLoraGroupedBackward, &lora_ext::cpu::lora_grouped_backward>(m);
+  lora_ext::register_grouped_ops<lora_ext::cpu::GroupedCpu>(m);
   lora_ext::register_op<lora_ext::schemas::kLoraGroupedLinear, &lora_ext::cpu::lora_grouped_linear>(m);
 }

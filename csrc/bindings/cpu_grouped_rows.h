@@ -56,44 +56,38 @@ inline LoraGroup group_of(const Groups& groups, size_t index, int64_t slot, int6
 }
 
 // A stable counting sort. Checks the numbers that the call reads: those of the chosen groups.
-inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, const Tensor& scalings,
-                            const std::optional<Tensor>& ranks, int64_t num_tokens, double rescale) {
-  const Tensor group_numbers = as_contiguous(group_of_row);
-  const int64_t* const group_at = static_cast<const int64_t*>(group_numbers.const_data_ptr());
-  const int64_t entries = group_numbers.numel();
+inline SortedRows sort_rows(const Groups& groups, const Choice& choice) {
+  const GroupedRows& rows = choice.rows;
+  const int64_t* const group_at = rows.group_of_row;
+  const int64_t rows_per_entry = rows.rows_per_entry;
   std::vector<int64_t> counts(static_cast<size_t>(groups.num_groups + 1));
   int64_t* const count_of = counts.data() + 1;  // from group -1 on
-  for (int64_t i = 0; i < entries; ++i) {
+  for (int64_t i = 0; i < rows.num_entries; ++i) {
     if (group_at[i] < -1 || group_at[i] >= groups.num_groups) {
-      refuse<refusals::kGroup>(index_text(group_of_row, i), group_at[i], groups.num_groups - 1);
+      refuse<"group">(index_text(choice.group_of_row, i), group_at[i], groups.num_groups - 1);
     }
     ++count_of[group_at[i]];
   }
-  const Tensor all_scalings = as_contiguous(scalings);
-  const double* const scaling_of = static_cast<const double*>(all_scalings.const_data_ptr());
-  const std::optional<Tensor> all_ranks = ranks ? std::optional<Tensor>(as_contiguous(*ranks)) : std::nullopt;
-  const int64_t* const rank_of = all_ranks ? static_cast<const int64_t*>(all_ranks->const_data_ptr()) : nullptr;
 
   SortedRows sorted;
-  const int64_t rows_per_entry = entries > 0 ? num_tokens / entries : 0;
   std::vector<int64_t> next(counts.size(), -1);  // of each group: where its next row goes; -1: it is skipped
   int64_t skipped = count_of[-1];
   for (int64_t g = 0; g < groups.num_groups; ++g) {
     if (count_of[g] == 0 || rows_per_entry == 0) continue;
     const size_t entry = groups.entry_of(g);
     const int64_t most = groups.entries[entry].rank;
-    const int64_t rank = rank_of == nullptr ? most : rank_of[g];
+    const int64_t rank = rows.has_ranks ? rows.ranks[g] : most;
     if (rank < 0 || rank > most) {
-      refuse<refusals::kGroupRank>(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
+      refuse<"group_rank">(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
     }
-    if (!std::isfinite(scaling_of[g])) refuse<refusals::kGroupScaling>(g, number_text(scaling_of[g]));
+    if (!std::isfinite(rows.scalings[g])) refuse<"group_scaling">(g, number_text(rows.scalings[g]));
     if (rank == 0) {
       skipped += count_of[g];
       continue;
     }
     sorted.numbers.push_back(g);
     const int64_t slot = g - groups.entries[entry].first_group;
-    sorted.groups.push_back(group_of(groups, entry, slot, rank, scaling_of[g] * rescale));
+    sorted.groups.push_back(group_of(groups, entry, slot, rank, rows.scalings[g] * rows.rescale));
   }
   sorted.num_skipped = skipped * rows_per_entry;
   int64_t begin = sorted.num_skipped;
@@ -103,9 +97,9 @@ inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, co
     begin += count_of[g] * rows_per_entry;
   }
   sorted.row_begin.push_back(begin);
-  sorted.rows.resize(static_cast<size_t>(num_tokens));
+  sorted.rows.resize(static_cast<size_t>(rows.num_tokens));
   int64_t next_skipped = 0;
-  for (int64_t i = 0; i < entries; ++i) {
+  for (int64_t i = 0; i < rows.num_entries; ++i) {
     int64_t& to_sorted = next[static_cast<size_t>(group_at[i] + 1)];
     int64_t& to = to_sorted < 0 ? next_skipped : to_sorted;
     for (int64_t row = i * rows_per_entry; row < (i + 1) * rows_per_entry; ++row) {
@@ -218,12 +212,6 @@ void for_each_skipped_run(const SortedRows& sorted, const F& f) {
     while (i < sorted.num_skipped && sorted.rows[static_cast<size_t>(i)] == end) ++end, ++i;
     f(begin, end);
   }
-}
-
-// The rows of a forward.
-inline SortedRows sort_rows(const GroupedForwardCall& call, const Tensor& group_of_row, const Tensor& scalings,
-                            const std::optional<Tensor>& ranks) {
-  return sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_rescale(call.params.threshold));
 }
 
 // Adds the groups' updates to y, and fills xa and the mask.

@@ -24,6 +24,10 @@ inline Isa checked_isa() {
 
 inline const Kernels& checked_kernels() { return kernels_of(checked_isa()); }
 
+struct NoGuard {
+  explicit NoGuard(const Tensor&) {}
+};
+
 // Number of chunks for all kernels of a call: at most one per thread, and at least one block each.
 inline int64_t count_chunks(int64_t rows) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;

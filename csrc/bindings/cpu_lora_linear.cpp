@@ -14,10 +14,7 @@ namespace {
 // is added in float32: an adapter of zeros keeps the bits of the base layer.
 struct Cpu {
   static constexpr bool kOnly16Bit = false;
-
-  struct Guard {
-    explicit Guard(const Tensor&) {}
-  };
+  using Guard = NoGuard;
 
   static void forward(ForwardCall& call) {
     const Kernels& kernels = checked_kernels();

@@ -13,11 +13,7 @@ namespace {
 
 struct Cuda {
   static constexpr bool kOnly16Bit = true;
-
-  struct Guard {
-    DeviceGuard device;
-    explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
-  };
+  using Guard = cuda::Guard;
 
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
@@ -49,7 +45,7 @@ struct Cuda {
 };
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
-  const DeviceGuard guard(seed.get_device_index());
+  const Guard guard(seed);
   const Tensor mask = empty_bytes({num_tokens, mask_row_bytes(in_features)}, seed);
   if (mask.numel() == 0) return mask;
   DropoutMaskParams p{};

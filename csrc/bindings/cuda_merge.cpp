@@ -49,7 +49,7 @@ void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
                  const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
                  const std::vector<int64_t>& first_rows) {
   const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
-  const DeviceGuard guard(weights[0].get_device_index());
+  const Guard guard(weights[0]);
   run(call, MergeMode::kMerge, weights[0]);
 }
 
@@ -63,7 +63,7 @@ Tensor lora_merge_check(const std::vector<Tensor>& weights, const std::vector<Te
                         const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
                         const std::vector<int64_t>& first_rows) {
   MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
-  const DeviceGuard guard(weights[0].get_device_index());
+  const Guard guard(weights[0]);
   const Tensor non_finite = zero_counts(call.layers.size(), weights[0]);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     call.layers[i].non_finite = static_cast<int64_t*>(non_finite.mutable_data_ptr()) + i;
@@ -77,7 +77,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
     const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
     const std::vector<int64_t>& seeds, const std::vector<int64_t>& first_rows) {
   MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
-  const DeviceGuard guard(weights[0].get_device_index());
+  const Guard guard(weights[0]);
   const auto num_layers = static_cast<int64_t>(call.layers.size());
   Tensor counts = zero_counts(2 * call.layers.size(), weights[0]);  // results that are not finite, then words
   std::vector<Tensor> words, corrections;
@@ -104,7 +104,7 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
                    const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
                    const std::vector<int64_t>& first_rows) {
   MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
-  const DeviceGuard guard(weights[0].get_device_index());
+  const Guard guard(weights[0]);
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);
 }

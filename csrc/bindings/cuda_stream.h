@@ -13,7 +13,11 @@
 
 namespace lora_ext::cuda {
 
-using torch::stable::accelerator::DeviceGuard;
+// Makes a tensor's device the current one.
+struct Guard {
+  torch::stable::accelerator::DeviceGuard device;
+  explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
+};
 
 struct GpuFacts {
   int sms;

@@ -1,13 +1,13 @@
-// The part of lora_grouped_ and of its backward that is the same on every device: the list of groups, the outputs and
-// the kernels' parameters.
+// lora_grouped_ and its backward on one device: the list of groups, the outputs and the kernels' parameters.
 #pragma once
 
 #include <algorithm>
-#include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "layer_call.h"
+#include "plain_op.h"
 
 namespace lora_ext {
 
@@ -55,6 +55,29 @@ inline Groups list_groups(const std::vector<Tensor>& lora_As, const std::vector<
   }
   return groups;
 }
+
+// Which row has which group, with the tensors that hold it.
+struct Choice {
+  Tensor group_of_row, scalings;
+  std::optional<Tensor> ranks;
+  GroupedRows rows;
+
+  Choice(const Groups& groups, const Tensor& group_of, const Tensor& all_scalings,
+         const std::optional<Tensor>& all_ranks, int64_t num_tokens, double dropout_p)
+      : group_of_row(as_contiguous(group_of)), scalings(as_contiguous(all_scalings)) {
+    if (all_ranks) ranks = as_contiguous(*all_ranks);
+    const int64_t num_entries = group_of_row.numel();
+    rows = {.num_tokens = num_tokens,
+            .num_groups = groups.num_groups,
+            .num_entries = num_entries,
+            .rows_per_entry = num_entries > 0 ? num_tokens / num_entries : 0,
+            .group_of_row = static_cast<const int64_t*>(group_of_row.const_data_ptr()),
+            .scalings = static_cast<const double*>(scalings.const_data_ptr()),
+            .ranks = ranks ? static_cast<const int64_t*>(ranks->const_data_ptr()) : nullptr,
+            .rescale = dropout_rescale(dropout_threshold(dropout_p)),
+            .has_ranks = ranks.has_value()};
+  }
+};
 
 struct GroupedForwardCall {
   KeptTensors kept;
@@ -132,7 +155,7 @@ inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const 
        .max_rank = groups.max_rank,
        .grad_y = call.kept.address(grad_y_rows),
        .xa = want_B ? call.kept.address(as_contiguous(*xa)) : nullptr,
-       .mask = threshold > 0 && (want_x || want_A) ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+       .mask = saved_mask(mask, threshold > 0 && (want_x || want_A), call.kept),
        .grad_y_stride = grad_y_rows.stride(0),
        .dtype = dtype,
        .factor_dtype = groups.factor_dtype,
@@ -160,6 +183,42 @@ inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const 
     if (entry.wants_grad_B) entry.grad_lora_B = new_gradient(lora_Bs[i], call.grad_lora_Bs);
   }
   return call;
+}
+
+// lora_grouped_ and its backward. Device: as of LayerOps (layer_ops.h), with the calls above.
+template <class Device>
+struct GroupedOps {
+  using OptionalTensor = std::optional<Tensor>;
+  using Tensors = std::vector<Tensor>;
+
+  static std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const Tensors& lora_As,
+                                                  const Tensors& lora_Bs, const Tensor& group_of_row,
+                                                  const Tensor& scalings, const OptionalTensor& ranks, double dropout_p,
+                                                  const OptionalTensor& seed) {
+    const typename Device::Guard guard(y);
+    GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
+    Device::forward(call, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_p));
+    return {std::move(call.xa), std::move(call.mask)};
+  }
+
+  static std::tuple<OptionalTensor, Tensors, Tensors> lora_grouped_backward(
+      const Tensor& grad_y, const OptionalTensor& x, const Tensors& lora_As, const Tensors& lora_Bs,
+      const Tensor& group_of_row, const Tensor& scalings, const OptionalTensor& ranks, const OptionalTensor& xa,
+      const OptionalTensor& mask, double dropout_p, const std::vector<bool>& output_mask) {
+    const typename Device::Guard guard(grad_y);
+    GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
+    if (!call.has_nothing_to_write()) {
+      Device::backward(call, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_p));
+    }
+    return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
+  }
+};
+
+template <class Device, class Library>
+void register_grouped_ops(Library& library) {
+  using Ops = GroupedOps<Device>;
+  register_op_of<Device, schemas::kLoraGrouped, &Ops::lora_grouped_>(library);
+  register_op_of<Device, schemas::kLoraGroupedBackward, &Ops::lora_grouped_backward>(library);
 }
 
 }  // namespace lora_ext

@@ -144,6 +144,12 @@ struct ForwardCall {
 
 // --- a backward ---
 
+// The mask that the forward saved, for kernels that read words of it: its rows are whole words. Null: it is not read.
+inline const uint8_t* saved_mask(const std::optional<Tensor>& mask, bool is_read, KeptTensors& kept) {
+  constexpr uintptr_t kWord = 8;
+  return is_read ? static_cast<const uint8_t*>(kept.address(as_aligned(*mask, kWord))) : nullptr;
+}
+
 inline bool is_empty(const Tensor& tensor) { return tensor.numel() == 0; }
 
 struct BackwardCall {
@@ -201,10 +207,7 @@ struct BackwardCall {
       p.x = kept.address(rows);
       p.x_stride = rows.stride(0);
     }
-    if (p.has_dropout && (wants_grad_x || wants_grad_A)) {
-      constexpr uintptr_t kWord = 8;  // kernels read words of the mask; its rows are whole words
-      p.mask = static_cast<const uint8_t*>(kept.address(as_aligned(*mask, kWord)));
-    }
+    p.mask = saved_mask(mask, p.has_dropout && (wants_grad_x || wants_grad_A), kept);
     if (wants_grad_x) {
       grad_x = empty(sizes_with_last(like, p.in_features), p.dtype, like);
       p.grad_x = grad_x->mutable_data_ptr();

@@ -21,15 +21,12 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
                        bool changes) {
   if (tensor.numel() == 0) return;
   const int64_t size = static_cast<int64_t>(tensor.element_size());
-  const int64_t dims = tensor.dim();
-  int64_t last = 0;  // the last element: op.h has checked that it is within the storage
-  for (int64_t i = 0; i < dims; ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  const bool is_matrix = dims == 2 && tensor.size(0) > 1 && (tensor.size(1) == 1 || tensor.stride(1) == 1);
+  const bool is_matrix = tensor.dim() == 2 && tensor.size(0) > 1 && (tensor.size(1) == 1 || tensor.stride(1) == 1);
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
   regions.push_back({.name = name,
                      .order = regions.size(),
                      .begin = begin,
-                     .end = begin + (last + 1) * size,
+                     .end = begin + (last_element(tensor) + 1) * size,  // op.h has checked that it is in the storage
                      .row_bytes = is_matrix ? tensor.size(1) * size : 0,
                      .row_stride = is_matrix ? tensor.stride(0) * size : 0,
                      .changes = changes});
@@ -56,7 +53,7 @@ inline void check_disjoint(std::span<const Parameter> parameters, const Argument
     for (auto b = a + 1; b != regions.end() && b->begin < a->end; ++b) {
       if (!(a->changes || b->changes) || !share_bytes(*a, *b)) continue;
       const bool a_is_named = a->changes && (!b->changes || a->order < b->order);
-      refuse<refusals::kSharedMemory>(a_is_named ? a->name : b->name, a_is_named ? b->name : a->name);
+      refuse<"shared_memory">(a_is_named ? a->name : b->name, a_is_named ? b->name : a->name);
     }
   }
 }

@@ -60,8 +60,9 @@ constexpr int count_placeholders(const char* text) {
 }
 
 // Parts: what stands for the {} of the text, in order.
-template <const refusals::Refusal& kRefusal, class... Parts>
+template <refusals::Name kName, class... Parts>
 [[noreturn]] __attribute__((cold, noinline)) void refuse(const Parts&... parts) {
+  constexpr const refusals::Refusal& kRefusal = refusals::find<kName>();
   static_assert(count_placeholders(kRefusal.text) == sizeof...(Parts), "a part for every {}");
   std::ostringstream text;
   const char* rest = kRefusal.text;

@@ -66,7 +66,7 @@ class ShapeChecks {
     for (const Shape& shape : shapes) {
       if (!shape.is_contiguous) continue;
       const Tensor& tensor = *arguments_[shape.argument].at(0);
-      if (!tensor.is_contiguous()) refuse<refusals::kNotContiguous>(name(shape), sizes_text(tensor.strides()));
+      if (!tensor.is_contiguous()) refuse<"not_contiguous">(name(shape), sizes_text(tensor.strides()));
     }
   }
 
@@ -100,8 +100,8 @@ class ShapeChecks {
     for (const Shape& shape : shapes) {
       const Argument& list = arguments_[shape.argument];
       if (!list.is_list || (list.size == 0 && shape.may_be_empty)) continue;
-      if (list.size == 0) refuse<refusals::kEmptyList>(name(shape));
-      if (first && list.size != entries) refuse<refusals::kLengthLike>(name(shape), list.size, name(*first), entries);
+      if (list.size == 0) refuse<"empty_list">(name(shape));
+      if (first && list.size != entries) refuse<"length_like">(name(shape), list.size, name(*first), entries);
       if (!first) first = &shape;
       entries = list.size;
     }
@@ -112,18 +112,18 @@ class ShapeChecks {
     const std::string_view sizes = shape.sizes;
     const int64_t dims = tensor.dim();
     if (sizes[0] == '*' || sizes[0] == 'N') {
-      if (dims == 0) refuse<refusals::kNoDimension>(name, size_name(sizes[1]));
+      if (dims == 0) refuse<"no_dimension">(name, size_name(sizes[1]));
       check_tokens(sizes[0] == '*', name, tensor);
       check_size(sizes[1], name, tensor, tensor.size(dims - 1));
     } else if (sizes.size() == 1) {
       const int64_t wanted = size(sizes[0]).size;
       if (dims != 1 || tensor.size(0) != wanted) {
-        refuse<refusals::kShape>(name, sizes_text(tensor.sizes()), sizes_text(std::initializer_list<int64_t>{wanted}));
+        refuse<"shape">(name, sizes_text(tensor.sizes()), sizes_text(std::initializer_list<int64_t>{wanted}));
       }
     } else {
       const bool may_be_stack = sizes[0] == 's';
       if (dims != 2 && !(may_be_stack && dims == 3)) {
-        refuse<refusals::kDimensions>(name, sizes_text(tensor.sizes()), may_be_stack ? "2 or 3" : "2");
+        refuse<"dimensions">(name, sizes_text(tensor.sizes()), may_be_stack ? "2 or 3" : "2");
       }
       if (may_be_stack) check_slots(name, tensor);
       check_size(sizes[sizes.size() - 2], name, tensor, tensor.size(dims - 2));
@@ -136,10 +136,10 @@ class ShapeChecks {
     Size& known = size(symbol);
     const bool is_rank = symbol == 'R' || symbol == 'r' || symbol == 'k';
     if (!known.tensor) {
-      if (is_rank && symbol != 'k' && given < 1) refuse<refusals::kNoRank>(name);
+      if (is_rank && symbol != 'k' && given < 1) refuse<"no_rank">(name);
     } else if (given != known.size) {
-      if (is_rank) refuse<refusals::kRank>(name, given, known.name, known.size);
-      refuse<refusals::kFeatures>(name, size_name(symbol), given, known.name, known.size);
+      if (is_rank) refuse<"rank">(name, given, known.name, known.size);
+      refuse<"features">(name, size_name(symbol), given, known.name, known.size);
     }
     known = {name, &tensor, given};
   }
@@ -149,10 +149,9 @@ class ShapeChecks {
     const int64_t given = tensor.dim() == 3 ? tensor.size(0) : -1;
     Size& known = size('s');
     if (known.tensor && tensor.dim() != known.tensor->dim()) {
-      refuse<refusals::kOtherDimensions>(name, sizes_text(tensor.sizes()), known.name,
-                                         sizes_text(known.tensor->sizes()));
+      refuse<"other_dimensions">(name, sizes_text(tensor.sizes()), known.name, sizes_text(known.tensor->sizes()));
     }
-    if (known.tensor && given != known.size) refuse<refusals::kSlots>(name, given, known.name, known.size);
+    if (known.tensor && given != known.size) refuse<"slots">(name, given, known.name, known.size);
     known = {name, &tensor, given};
   }
 
@@ -164,9 +163,9 @@ class ShapeChecks {
       bool is_same = tensor.dim() == like.dim();
       for (int64_t i = 0; is_same && i + 1 < like.dim(); ++i) is_same = tensor.size(i) == like.size(i);
       if (is_same) return;
-      refuse<refusals::kLeadingShape>(name, sizes_text(tensor.sizes()), tokens_.name, sizes_text(like.sizes()));
+      refuse<"leading_shape">(name, sizes_text(tensor.sizes()), tokens_.name, sizes_text(like.sizes()));
     } else if (const int64_t given = count_tokens(tensor); given != tokens_.size) {
-      refuse<refusals::kNumTokens>(name, given, tokens_.name, tokens_.size);
+      refuse<"num_tokens">(name, given, tokens_.name, tokens_.size);
     }
   }
 
@@ -175,12 +174,12 @@ class ShapeChecks {
     const int32_t code = dtype_code(tensor);
     if (kind == 'a') {
       const DType acc = accumulation_dtype(dtype_of(*first.tensor));
-      if (code != dtype_code(acc)) refuse<refusals::kAccumulationDtype>(name, dtype_name(code), dtype_name(acc));
+      if (code != dtype_code(acc)) refuse<"accumulation_dtype">(name, dtype_name(code), dtype_name(acc));
     } else if (!first.tensor) {
-      if (!is_supported(tensor)) refuse<refusals::kDtype>(name, dtype_name(code));
+      if (!is_supported(tensor)) refuse<"dtype">(name, dtype_name(code));
       first = {name, &tensor, 0};
     } else if (code != dtype_code(*first.tensor)) {
-      refuse<refusals::kOtherDtype>(name, dtype_name(code), first.name, dtype_name(*first.tensor));
+      refuse<"other_dtype">(name, dtype_name(code), first.name, dtype_name(*first.tensor));
     }
   }
 

@@ -95,6 +95,13 @@ inline std::ostream& operator<<(std::ostream& out, const DeviceOf& device) {
   return out << "a device of type " << device.type;
 }
 
+// From a tensor's first element to its last, in elements. It has some.
+inline int64_t last_element(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return last;
+}
+
 // Whether a tensor's last element is within its storage. The storage may have been freed or made smaller since the
 // tensor was created: PyTorch does not check again.
 inline bool has_its_memory(const Tensor& tensor) {
@@ -102,9 +109,7 @@ inline bool has_its_memory(const Tensor& tensor) {
   int64_t bytes, offset;
   LORA_EXT_CALL_TORCH(aoti_torch_get_storage_size, tensor.get(), &bytes);
   LORA_EXT_CALL_TORCH(aoti_torch_get_storage_offset, tensor.get(), &offset);
-  int64_t last = offset;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return last < bytes / static_cast<int64_t>(tensor.element_size());
+  return offset + last_element(tensor) < bytes / static_cast<int64_t>(tensor.element_size());
 }
 
 // Allocates an uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
@@ -159,24 +164,25 @@ inline Tensor transposed(const Tensor& matrix) {
   return as_matrix(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
 }
 
-inline Tensor contiguous_copy(const Tensor& tensor) {
+// A copy that `make_copy` makes, of a kind that a message about its memory names.
+template <class F>
+Tensor copy_of(const Tensor& tensor, const char* kind, const F& make_copy) {
   try {
-    return torch::stable::contiguous(tensor);
+    return make_copy(tensor);
   } catch (const std::exception&) {
     fail_allocation(product({tensor.numel(), static_cast<int64_t>(tensor.element_size())}), " bytes on ",
-                    device_of(tensor), " for a contiguous copy of a tensor of ", sizes_text(tensor.sizes()));
+                    device_of(tensor), " for ", kind, " copy of a tensor of ", sizes_text(tensor.sizes()));
   }
+}
+
+inline Tensor contiguous_copy(const Tensor& tensor) {
+  return copy_of(tensor, "a contiguous", [](const Tensor& t) { return torch::stable::contiguous(t); });
 }
 
 // A copy if the elements do not begin at a multiple of `alignment` bytes, as those of a view into other memory.
 inline Tensor as_aligned(const Tensor& tensor, uintptr_t alignment) {
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0) return tensor;
-  try {
-    return torch::stable::clone(tensor);
-  } catch (const std::exception&) {
-    fail_allocation(product({tensor.numel(), static_cast<int64_t>(tensor.element_size())}), " bytes on ",
-                    device_of(tensor), " for an aligned copy of a tensor of ", sizes_text(tensor.sizes()));
-  }
+  return copy_of(tensor, "an aligned", [](const Tensor& t) { return torch::stable::clone(t); });
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }

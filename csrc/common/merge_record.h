@@ -6,8 +6,7 @@
 //
 //   no words          the segment needs no correction
 //   sparse            for each correction, in the order of the columns, the words that sum up to it: the segment's
-//   column
-//                     in the low byte, -127 to 127 in the high byte. Most corrections take one word.
+//                     column in the low byte, -127 to 127 in the high byte. Most corrections take one word.
 //   whole segment     the original elements, if they take no more words than the sparse form. A sparse form of exactly
 //                     that length is never written, so the length distinguishes the two.
 //

@@ -152,6 +152,16 @@ struct GroupedEntry {
   bool wants_grad_A = false, wants_grad_B = false;
 };
 
+// Which row has which group. An entry stands for rows_per_entry rows that follow each other.
+struct GroupedRows {
+  int64_t num_tokens, num_groups, num_entries, rows_per_entry;
+  const int64_t* group_of_row;  // [num_entries]
+  const double* scalings;       // [num_groups]
+  const int64_t* ranks;         // [num_groups], where there are ranks
+  double rescale;               // 1 / (1 - p)
+  bool has_ranks;
+};
+
 struct LoraGroup {
   int64_t rank;        // at least 1
   const void* lora_A;  // [rank, in_features], rows A_stride apart, factor_dtype

@@ -52,7 +52,7 @@ __device__ __forceinline__ float to_acc(float value) { return value; }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_acc(__half value) { return __half2float(value); }
 
-// A may be float64 with a 16-bit T: the gradient of a 16-bit factor when x is float64.
+// A may be float64 with a 16-bit T: a float64 factor is rounded to x's dtype.
 template <class T, class A>
 __device__ __forceinline__ T from_acc(A value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {

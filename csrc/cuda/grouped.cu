@@ -148,26 +148,21 @@ class PlanRunner : Launcher {
     ExpandParams params{.table = table_,
                         .index = index_,
                         .small = sums_,
-                        .mask = nullptr,
-                        .out = nullptr,
-                        .columns = 0,
-                        .mask_row_bytes = 0,
+                        .output = {},
                         .max_rank = max_rank(),
                         .column_tiles = launch.feature_tiles,
-                        .factor_dtype = factor_dtype(),
-                        .has_dropout = false,
-                        .out_aligned = false};
+                        .factor_dtype = factor_dtype()};
     if (const auto* p = call_.backward) {
-      params.mask = p->mask;
-      params.out = p->grad_x;
-      params.columns = p->in_features;
+      params.output = {.base = nullptr, .out = p->grad_x, .cols = p->in_features, .out_stride = p->in_features};
+      params.mask = p->has_dropout ? p->mask : nullptr;
       params.mask_row_bytes = mask_row_bytes(p->in_features);
-      params.has_dropout = p->has_dropout;
     } else {
-      params.out = call_.forward->y;
-      params.columns = call_.forward->out_features;
+      void* const y = call_.forward->y;
+      const int64_t columns = call_.forward->out_features;
+      params.output = {.base = y, .out = y, .cols = columns, .out_stride = columns};
     }
-    params.out_aligned = has_aligned_eights(params.out, params.columns);
+    params.pairs = reinterpret_cast<uintptr_t>(sums_) % 8 == 0 && params.max_rank % 2 == 0;
+    params.eights = has_aligned_eights(params.output.out, params.output.cols);
     return params;
   }
 

@@ -106,11 +106,11 @@ class GroupedPlanner {
   }
 
   void plan_expand(Result result, int64_t columns) {
-    const int64_t tiles = ceil_div(columns, ExpandTiles::kColumns);
+    const int64_t tiles = ceil_div(columns, mma::kLongCols);
     plan_.add({.kernel = Kernel::kGroupedExpand,
                .result = result,
                .grid_x = num_tiles(rows_) * tiles,
-               .shared_bytes = ExpandTiles::kSharedBytes,
+               .shared_bytes = kExpandSharedBytes,
                .feature_tiles = tiles});
   }
 

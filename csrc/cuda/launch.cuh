@@ -24,8 +24,8 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<unsigned>::max()));
 }
 
-// y and z take at most 65535 blocks: a size that grows with the number of tokens belongs on x.
-inline dim3 make_grid(int64_t x, int64_t y = 1, int64_t z = 1) { return {grid_size(x), grid_size(y), grid_size(z)}; }
+// y takes at most 65535 blocks: a size that grows with the number of tokens belongs on x.
+inline dim3 make_grid(int64_t x, int64_t y = 1) { return {grid_size(x), grid_size(y), 1}; }
 
 }  // namespace lora_ext::cuda
 

@@ -112,7 +112,6 @@ class Planner {
     plan_.launches.reserve(kMostLaunches);
     plan_.streams_weights = streams_weights();
     if (call_.expand_backward) split_grad_y();
-    plan_pack();
     if (call_.shrink) plan_xa();
     if (call_.expand) plan_.streams_weights ? plan_few_tokens() : plan_y();
     if (call_.expand_backward) plan_grad_y();
@@ -124,47 +123,6 @@ class Planner {
 
  private:
   static constexpr int kMostLaunches = 8;  // of most calls
-
-  // --- packed factors ---
-
-  void pack(int64_t& offset, int64_t rank, int64_t features) {
-    const PackedShape shape(rank, features);
-    offset = carver_.take(shape.bytes());
-  }
-
-  void pack_job(int64_t rows, int64_t features) {
-    most_pack_tiles_ = std::max(most_pack_tiles_, ceil_div(rows, kPackRows) * (padded_features(features) / kPackCols));
-    ++num_packed_;
-  }
-
-  // Kernels read factors as they lie, except expand_long.
-  void plan_pack() {
-    if (const auto* p = call_.expand; p && !plan_.streams_weights && largest_rank(*p) > kShortRank) {
-      for (int s = 0; s < p->num_siblings; ++s) {
-        pack(plan_.scratch.packed_B[s], p->siblings[s].rank, p->siblings[s].out_features);
-        pack_job(padded_ranks(p->siblings[s].rank), p->siblings[s].out_features);
-      }
-    }
-    if (const auto* p = call_.shrink_backward; p && p->wants_grad_x && p->total_rank > kShortRank) {
-      pack(plan_.scratch.packed_A, p->total_rank, p->in_features);
-      for (int s = 0; s < p->num_siblings; ++s) {
-        const bool is_last = s + 1 == p->num_siblings;  // it writes the padding, too
-        const int64_t end = is_last ? padded_ranks(p->total_rank) : p->siblings[s].rank_begin + p->siblings[s].rank;
-        pack_job(end - p->siblings[s].rank_begin, p->in_features);
-      }
-    }
-    plan_.add({.kernel = Kernel::kPackFactors,
-               .result = Result::kFactors,
-               .grid_x = most_pack_tiles_,
-               .grid_y = num_packed_});
-  }
-
-  template <class Params>
-  static int64_t largest_rank(const Params& p) {
-    int64_t rank = 0;
-    for (int s = 0; s < p.num_siblings; ++s) rank = std::max(rank, p.siblings[s].rank);
-    return rank;
-  }
 
   // --- rank sums: xa, grad_xa ---
 
@@ -225,9 +183,9 @@ class Planner {
     int64_t num_tiles = 0;
     for (size_t s = 0; s < outputs.size(); ++s) {
       const int64_t count = ceil_div(outputs[s].cols, tile_cols);
-      const int64_t steps = ceil_div(ceil_div(outputs[s].cols, kPackedFeatureStep), std::max<int64_t>(count, 1));
+      const int64_t steps = ceil_div(ceil_div(outputs[s].cols, kFeatureStep), std::max<int64_t>(count, 1));
       split.tile_begin[s] = num_tiles;
-      split.tile_cols[s] = static_cast<int>(steps * kPackedFeatureStep);
+      split.tile_cols[s] = static_cast<int>(steps * kFeatureStep);
       num_tiles += count;
     }
     return num_tiles;
@@ -267,10 +225,9 @@ class Planner {
     // With few tokens tiles are narrower, for a block on nearly every SM.
     const int64_t target_blocks = static_cast<int64_t>(gpu_.sms) * 7 / 8;
     const int64_t bytes_of_column = padded_ranks(rank) * 2;
-    int64_t tile_cols =
-        std::min(kShortMaxCols, kShortSharedBytes / bytes_of_column / kPackedFeatureStep * kPackedFeatureStep);
+    int64_t tile_cols = std::min(kShortMaxCols, kShortSharedBytes / bytes_of_column / kFeatureStep * kFeatureStep);
     int64_t col_tiles = divide_columns(outputs, tile_cols, split);
-    while (tile_cols > kPackedFeatureStep && row_tiles * col_tiles < target_blocks) {
+    while (tile_cols > kFeatureStep && row_tiles * col_tiles < target_blocks) {
       tile_cols = padded_features(tile_cols / 2);
       col_tiles = divide_columns(outputs, tile_cols, split);
     }
@@ -475,7 +432,6 @@ class Planner {
   Plan plan_;
   WorkspaceCarver carver_;
   bool pending_ = false;  // the partial sums of xa or grad_xa are still to be added
-  int64_t most_pack_tiles_ = 0, num_packed_ = 0;
 };
 
 }  // namespace

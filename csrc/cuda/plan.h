@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "../common/params.h"
-#include "grouped.h"
 #include "sizes.h"
 
 namespace lora_ext::cuda {
@@ -53,6 +52,10 @@ struct LoraCall {
 };
 
 // A call of lora_grouped_ or of its backward: one of the first two is not null.
+//
+// Which row has which group, the ranks and the scalings are read on the device only: nothing waits for it, and a CUDA
+// graph that captured a call follows their later values. Grids have a size that suits every choice. So a number that
+// does not exist cannot be refused: its row of y and of grad_x becomes NaN.
 struct GroupedCall {
   const LoraGroupedForwardParams* forward = nullptr;
   const LoraGroupedBackwardParams* backward = nullptr;
@@ -67,8 +70,9 @@ struct GroupedCall {
   DType dtype() const { return forward ? forward->dtype : backward->dtype; }  // of x
 };
 
+constexpr int64_t kMostGroupedRows = 2147483647;  // that the index takes
+
 enum class Kernel : uint8_t {
-  kPackFactors,
   kShrink,
   kShrinkAndSum,
   kTokenSum,
@@ -89,15 +93,23 @@ enum class Kernel : uint8_t {
   kGroupedChunkSums,
 };
 // The names of the kernels in the order of the enum: those of their functions, without "_kernel".
-inline constexpr const char* kKernelNames[] = {"pack_factors",        "shrink",
-                                               "shrink_and_sum",      "token_sum",
-                                               "rank_sums",           "expand_short",
-                                               "expand_long",         "few_tokens",
-                                               "gradient_sums",       "write_entries",
-                                               "dropout_mask",        "group_index",
-                                               "few_rows_shrink",     "few_rows_expand",
-                                               "grouped_shrink",      "grouped_expand",
-                                               "grouped_factor_sums", "grouped_chunk_sums"};
+inline constexpr const char* kKernelNames[] = {"shrink",
+                                               "shrink_and_sum",
+                                               "token_sum",
+                                               "rank_sums",
+                                               "expand_short",
+                                               "expand_long",
+                                               "few_tokens",
+                                               "gradient_sums",
+                                               "write_entries",
+                                               "dropout_mask",
+                                               "group_index",
+                                               "few_rows_shrink",
+                                               "few_rows_expand",
+                                               "grouped_shrink",
+                                               "grouped_expand",
+                                               "grouped_factor_sums",
+                                               "grouped_chunk_sums"};
 static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kGroupedChunkSums) + 1);
 
 // The result that a launch computes. shrink_and_sum computes grad_lora_B, too.
@@ -146,11 +158,9 @@ struct ExpandSplit {
 // Byte offsets in the scratch memory.
 struct Scratch {
   static constexpr int64_t kNone = -1;
-  int64_t packed_A = kNone;                    // of all siblings, for grad_x: [total_rank, in_features]
-  std::array<int64_t, kMaxSiblings> packed_B;  // transposed: [rank, out_features]
-  int64_t rank_partials = kNone;               // of xa or grad_xa: float32 [largest of ranges, num_tokens, total_rank]
-  int64_t grad_xa = kNone;                     // of a backward: float32 [num_tokens, total_rank]
-  int64_t partial_A = kNone;  // of grad_lora_A: float32 [chunks, total_rank, partial_pitch(in_features)]
+  int64_t rank_partials = kNone;  // of xa or grad_xa: float32 [largest of ranges, num_tokens, total_rank]
+  int64_t grad_xa = kNone;        // of a backward: float32 [num_tokens, total_rank]
+  int64_t partial_A = kNone;      // of grad_lora_A: float32 [chunks, total_rank, partial_pitch(in_features)]
   std::array<int64_t, kMaxSiblings> partial_B;
   // of lora_grouped_:
   int64_t entries = kNone;                              // the table of many entries
@@ -159,10 +169,7 @@ struct Scratch {
   int64_t factor_partials = kNone;                      // of grad_lora_As, then of grad_lora_Bs
   int64_t bytes = 0;
 
-  Scratch() {
-    packed_B.fill(kNone);
-    partial_B.fill(kNone);
-  }
+  Scratch() { partial_B.fill(kNone); }
 };
 
 struct Plan {
@@ -180,7 +187,6 @@ struct Plan {
   }
 };
 
-// The grids of a GroupedCall have a size that suits every choice of the rows.
 Plan make_plan(const LoraCall& call, const Gpu& gpu);
 Plan make_plan(const GroupedCall& call, const Gpu& gpu);
 

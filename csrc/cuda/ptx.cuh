@@ -38,14 +38,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Stores 16 bytes to global memory, aligned to 16 bytes. The compiler may split a plain store of a struct into its
-// members. (9.7.9.11)
-__device__ __forceinline__ void store_global_16(void* to, const uint32_t (&words)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
-}
-
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of row i % 8 of matrix i / 8 (16 bytes,
 // aligned), and receives the elements (row i / 4, columns 2 * (i % 4) and the next) of every matrix. (9.7.14.5.15)
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t row) {

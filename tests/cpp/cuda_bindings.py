@@ -12,7 +12,7 @@ from simt import cuda_headers
 from torch.utils import cpp_extension
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-_REGISTERED = "STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {\n"
+_REGISTERED = "STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {"
 
 
 def load(folder: Path, name: str, stand_in: str, schemas: Iterable[str], namespace: str) -> torch._ops._OpNamespace:
@@ -25,7 +25,7 @@ def load(folder: Path, name: str, stand_in: str, schemas: Iterable[str], namespa
         shutil.copy(header, folder / "csrc/bindings")
     binding = folder / f"csrc/bindings/{name}.cpp"
     defined = "".join(f"  m.def(lora_ext::schemas::{schema}.text);\n" for schema in schemas)
-    registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n"
+    registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{"
     on_cpu = f"STABLE_TORCH_LIBRARY({namespace}, m) {{\n{defined}}}\n{registered}"
     text = binding.read_text()
     assert text.count(_REGISTERED) == 1, f"{binding.name} does not register its ops once"

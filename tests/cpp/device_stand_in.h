@@ -11,8 +11,8 @@
 
 namespace lora_ext::cuda {
 
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
+struct Guard {
+  explicit Guard(const torch::stable::Tensor&) {}
 };
 inline GpuStream current_stream(const torch::stable::Tensor&) { return {.stream = nullptr, .device = 0, .sms = 1}; }
 

@@ -165,6 +165,21 @@ def test_slots_that_are_part_of_wider_storage_are_not_copied():
     assert torch.equal(y, expected)
 
 
+def test_a_saved_mask_may_lie_at_any_byte():
+    """Kernels read words of the mask, which may be packed with other saved tensors."""
+    case = random_groups(40, (100, 24), [8, (2, 4)], (torch.bfloat16, torch.bfloat16))
+    xa, mask = torch.ops.lora_ext.lora_grouped_(*case.args(), 0.3, torch.tensor(3))
+    moved = torch.zeros(mask.numel() + 3, dtype=torch.uint8)[3:].view_as(mask).copy_(mask)
+
+    def gradients(mask):
+        grad_x, *factors = torch.ops.lora_ext.lora_grouped_backward(
+            case.grad_y, case.x, case.lora_As, case.lora_Bs, *case.choice(), xa, mask, 0.3, [True] * 5
+        )
+        return [grad_x, *factors[0], *factors[1]]
+
+    assert all(map(torch.equal, gradients(moved), gradients(mask)))
+
+
 def test_groups_of_no_rows():
     """Each entry of group_of_row stands for no row: gradients are zero, and written."""
     case = random_groups(0, (24, 20), [4, 3], leading=(3, 0), groups=torch.tensor([0, 1, -1]))

@@ -70,13 +70,6 @@ __global__ void golden_cp_async_kernel(const __grid_constant__ GoldenParams p) {
   ptx::cp_async_wait<0>();
 }
 
-// in: 16 bytes per lane. out: the same bytes at the neighbour's place.
-__global__ void golden_store_kernel(const __grid_constant__ GoldenParams p) {
-  const uint32_t* in = p.in + 4 * threadIdx.x;
-  const uint32_t words[4] = {in[0], in[1], in[2], in[3]};
-  ptx::store_global_16(p.out + 4 * (threadIdx.x ^ 1), words);
-}
-
 // in: one number per lane. out [row][lane], a row per operation.
 __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -130,10 +123,9 @@ extern "C" __attribute__((visibility("default"))) int golden(int primitive, cons
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;
     case 2: run(&golden_mma_kernel<false>, params, on); break;
     case 3: run(&golden_cp_async_kernel, params, on); break;
-    case 4: run(&golden_store_kernel, params, on); break;
-    case 5: run(&golden_warp_kernel, params, on); break;
-    case 6: run(&golden_atomics_kernel, params, on, 2, 64); break;
-    case 7: run(&golden_mma_kernel<true>, params, on); break;
+    case 4: run(&golden_warp_kernel, params, on); break;
+    case 5: run(&golden_atomics_kernel, params, on, 2, 64); break;
+    case 6: run(&golden_mma_kernel<true>, params, on); break;
     default: return -1;
   }
 #if defined(__CUDACC__)

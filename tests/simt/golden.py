@@ -78,11 +78,6 @@ def cp_async() -> tuple[Tensor, Tensor]:
     return inputs, data.flatten().view(torch.int32)
 
 
-def store() -> tuple[Tensor, Tensor]:
-    inputs = words(_random(4 * 32, 7))
-    return inputs, inputs.view(16, 2, 4).flip(1).flatten()
-
-
 def warp() -> tuple[Tensor, Tensor]:
     value = [0, 1, 2**31, ALL, 0x3F800000, 0x3F808000, 0x3F818000, 0x7F800000, 0x7F7FFFFF, 0x33800000] + _random(22, 4)
     value = [v & 0x7FFFFFFF if v & 0x7F800000 == 0x7F800000 and v & 0x7FFFFF else v for v in value]
@@ -137,7 +132,6 @@ PRIMITIVES = {
     "ldmatrix transposed": lambda: ldmatrix(True),
     "mma bf16": lambda: mma(torch.bfloat16),
     "cp.async": cp_async,
-    "store of 16 bytes": store,
     "shuffles and bits": warp,
     "atomics": atomics,
     "mma f16": lambda: mma(torch.float16),

@@ -17,7 +17,6 @@ HEADERS = [
     "csrc/common/params.h",
     "csrc/common/merge_params.h",
     "csrc/cuda/launch.h",
-    "csrc/cuda/grouped.h",
 ]
 NAMESPACES = ["lora_ext", "lora_ext::cuda"]
 

@@ -67,7 +67,7 @@ DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
 # a seed. None: not looked at.
 LAUNCHES = [
     *((tokens, [(4096, r)], {}, FORWARD, BACKWARD) for r in (4, 8, 16) for tokens in (1, 64, 512, 2048, 8192, 32768)),
-    # No factor of a small rank is rounded or packed in a launch of its own.
+    # No factor is rounded in a launch of its own.
     *((2048, ONE, {"dtype": dtype, "factor_dtype": factor}, FORWARD, BACKWARD) for dtype, factor in DTYPES),
     (2048, Q_K_V, {}, FORWARD, BACKWARD),
     (8192, Q_K_V, {}, FORWARD, ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]),
@@ -76,10 +76,10 @@ LAUNCHES = [
     (8192, ONE, {"output_mask": (False, False, True)}, None, BACKWARD[2:]),
     # 28 ranges of 512 columns, read by each of 8 tiles of columns: the sums get their own launch.
     (8192, [(14336, 16)], {}, None, ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]),
-    # From rank 33 on, grad_y is read twice; from 65 on, factors are packed.
+    # From rank 33 on, grad_y is read twice.
     (2048, HALF, {}, ["shrink", "rank_sums", "expand_short"], None),
     (2048, HALF, {"output_mask": (True, False, True)}, None, ["shrink", "token_sum", "rank_sums", *BACKWARD[1::2]]),
-    (2048, LARGE, {}, ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"], None),
+    (2048, LARGE, {}, ["shrink", "shrink", "rank_sums", "expand_long"], None),
 ]
 
 

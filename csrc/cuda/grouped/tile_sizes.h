@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../grouped.h"
+#include "../../common/params.h"
 #include "../mma/tile_sizes.h"
 #include "../sizes.h"
 
@@ -54,12 +54,9 @@ struct ShrinkTiles : mma::ShrinkTiles<kRanks, kShrinkWarps> {
   static constexpr uint32_t kSharedBytes = Tiles::kSharedBytes + shared_bytes_of(Tiles::kTokens * 8);  // rows
 };
 
-struct ExpandTiles {
-  static constexpr int kRows = static_cast<int>(kTileRows), kColumns = 128, kRanks = 16;
-  static constexpr int kFactorChunks = kRanks * kColumns / kEight, kPitch = kColumns + 4;
-  static constexpr uint32_t kSharedBytes =
-      shared_bytes_of(2 * kFactorChunks * 16) + shared_bytes_of(kRows * kPitch * 4) + shared_bytes_of(kRows * 8);
-};
+constexpr int kExpandRowPieces = 1;                                                              // of a warp
+constexpr uint32_t kExpandSharedBytes = mma::kLongSharedBytes + shared_bytes_of(kTileRows * 8);  // rows
+static_assert(kTileRows == mma::kLongRowWarps * kExpandRowPieces * mma::kPieceRows);
 
 struct FactorSumsTiles : mma::TokenSumTiles<16> {
   static constexpr int kRanks = 16;

@@ -1,8 +1,9 @@
-// expand for any rank: a matrix product in tiles of 128 x 128, used if the rank is so large that the products take more
-// time than writing the output.
+// expand where the products of many ranks take most of the time: for more than 64 ranks, and for the rows of a mixed
+// batch (../grouped/expand.cuh), whose ranks only the device knows.
 //
-// A block walks along the rank 32 at a time with two buffers. While it multiplies from one, cp.async fills the other
-// with the factor, and registers hold the small operand, which is rounded when it goes to shared memory.
+// A block has 128 columns of its rows, a warp 64 of them, and walks through the ranks 16 at a time. Tiles of the factor
+// are copied ahead, as the factor lies. A lane loads its pairs of the small operand one product ahead. At the end the
+// four lanes of a row exchange their sums, so that each writes eight neighbouring columns.
 #pragma once
 
 #include "../ptx.cuh"
@@ -11,163 +12,166 @@
 
 namespace lora_ext::cuda::mma {
 
-constexpr int kLongRowWarps = 4;                           // warps along the rows; 2 along the columns
-constexpr int kLongRowPieces = 2, kLongColPieces = 2;      // of a warp
-constexpr int kLongPairRows = kThreads / (kLongRank / 2);  // rows of the small operand, read at once
-constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;  // pairs of the small operand, per thread
-static_assert(kPackedFeatureStep % 8 == 0, "a group of 8 columns is all in the packed factor, or none of it");
+// kRowPieces: of a warp. The warps of a block are four along the rows and two along the columns.
+template <int kRowPieces>
+using ExpandSums = float[kRowPieces][kLongColPieces][4][4];
 
-// Shared memory holds the small operand as [row][32 ranks] and the factor as [rank][128 columns], both in groups of 16
-// bytes. Group g of a row is stored in place g ^ swizzle(row), so that eight rows at one column, which ldmatrix reads,
-// lie in different banks. Swizzles repeat after 8 rows: moving by 8 or 16 rows does not change a thread's swizzle.
-constexpr int kLongSmallPitch = kLongRank * 2, kLongFactorPitch = kLongCols * 2;
-__device__ __forceinline__ int long_small_swizzle(int row) { return row / 2 % 4; }
-__device__ __forceinline__ int long_factor_swizzle(int row) { return row % 8; }
+// A warp's place in the block's tile.
+template <int kRowPieces>
+__device__ __forceinline__ int first_row_of_warp() {
+  return static_cast<int>(threadIdx.x / 32 % kLongRowWarps) * kRowPieces * kPieceRows;
+}
+__device__ __forceinline__ int first_column_of_warp() {
+  return static_cast<int>(threadIdx.x / 32 / kLongRowWarps) * kLongColPieces * kPieceCols;
+}
 
-template <class T>
-class ExpandLong {
- public:
-  __device__ __forceinline__ ExpandLong(const ExpandParams& p, int s)
-      : p_(p),
-        sibling_(p.siblings[s]),
-        tiles_(p.tiles[s]),
-        shape_(sibling_.rank, sibling_.cols),
-        row0_(static_cast<int64_t>(blockIdx.x) * kLongRows),
-        col0_((blockIdx.y - tiles_.begin) * kLongCols) {
-    SharedMemory memory;
-    small_operand_ = memory.take<uint32_t>(2 * kLongSmallElements / 2, "small operand");
-    factor_ = ptx::shared_address(memory.take<uint16_t>(2 * kLongFactorElements, "factor"));
-    const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2);
-    rank_ = static_cast<int>(threadIdx.x) % (kLongRank / 2) * 2;
-    rows_ = static_cast<int>(min(p_.num_tokens - row0_, static_cast<int64_t>(kLongRows))) - row;
-    from_ = p_.small_operand + (row0_ + row) * p_.small_operand_stride + sibling_.rank_begin + rank_;
-  }
+// Copies a tile of lora_B [128 columns][16 ranks], or of lora_A [16 ranks][128 columns]. kRounds: of another dtype than
+// T, which takes no asynchronous copy.
+template <class T, bool kRounds, bool kOfB, class Factor>
+__device__ __forceinline__ void copy_long_tile(uint4* tile, const Factor& factor, int64_t rank0, int64_t col0) {
+  using Tiles = FactorTiles<T, Factor, kLongRanks, kLongCols, kThreads, kRounds, kOfB>;
+  const Tiles tiles(factor, rank0, inside<kLongRanks>(rank0, padded_ranks(factor.rank)), threadIdx.x);
+  typename Tiles::Fetched fetched;
+  tiles.fetch(tile, col0, fetched);
+  tiles.store(tile, fetched);
+}
 
-  __device__ __forceinline__ void run() {
-    float sum[kLongRowPieces][kLongColPieces][4][4] = {};
-    const int steps = (sibling_.rank + kLongRank - 1) / kLongRank;
-    load_factor(0, 0);
-    for (int half = 0; half < 2; ++half) {
-      load_small_operand(0, half);
-      store_small_operand(0, half);
-    }
-    for (int step = 0; step < steps; ++step) {
-      const int buffer = step % 2;
-      const bool more = step + 1 < steps;
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this buffer is full, the other one is free
-      if (more) load_factor(1 - buffer, step + 1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (more) load_small_operand(step + 1, half);
-        multiply_half(buffer, half, sum);
-        if (more) store_small_operand(1 - buffer, half);
-      }
-    }
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-    for (int m = 0; m < kLongRowPieces; ++m) {
-      const int64_t row0 = row0_ + (warp % kLongRowWarps * kLongRowPieces + m) * kPieceRows;
-      const int64_t col0 = col0_ + warp / kLongRowWarps * kLongColPieces * kPieceCols;
-      const ExpandOutput<T> output(p_, sibling_, tiles_.eights, row0, col0, kLongColPieces * kPieceCols);
-#pragma unroll
-      for (int n = 0; n < kLongColPieces; ++n) {
-        output.finish(n * kPieceCols, sum[m][n], output.prefetch(n * kPieceCols));
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load_factor(int buffer, int step) {
-    constexpr int kGroups = kLongCols / 8, kRows = kThreads / kGroups;  // read at once
-    const int row = static_cast<int>(threadIdx.x) / kGroups, group = static_cast<int>(threadIdx.x) % kGroups;
-    const uint32_t to =
-        factor_ + buffer * kLongFactorElements * 2 + row * kLongFactorPitch + (group ^ long_factor_swizzle(row)) * 16;
-    const int64_t col = col0_ + group * 8;
-    // The packed ranks starting at this thread's first; 0 if the columns lie outside the factor.
-    const int ranks = col < shape_.features ? static_cast<int>(shape_.ranks) - row - step * kLongRank : 0;
-    const uint16_t* from =
-        static_cast<const uint16_t*>(sibling_.factor) + (row + step * kLongRank) * shape_.features + col;
-#pragma unroll
-    for (int i = 0; i < kLongRank; i += kRows) {
-      const bool inside = i < ranks;
-      const void* row_from = inside ? from + i * shape_.features : sibling_.factor;
-      ptx::cp_async_16(to + i * kLongFactorPitch, row_from, inside ? 16 : 0);
+// sum += small operand @ factor, for all ranks of the factor. small_row(row): where the ranks of a row of the block
+// begin, or null if there is no such row. pairs: they can be read in aligned pairs.
+template <class T, int kRowPieces, bool kOfB, class SmallRow, class Factor>
+__device__ __forceinline__ void multiply_ranks(SharedMemory& shared, const SmallRow& small_row, bool pairs,
+                                               const Factor& factor, int64_t col0, ExpandSums<kRowPieces>& sum) {
+  constexpr int kTileChunks = kLongRanks * kLongCols / kChunk;
+  constexpr int kRowChunks = (kOfB ? kLongRanks : kLongCols) / kChunk;
+  uint4* tiles = shared.take<uint4>(kLongStages * kTileChunks, "factor_tiles");
+  const auto tile = [&](int step) { return tiles + step % kLongStages * kTileChunks; };
+  const int rank = static_cast<int>(factor.rank), steps = (rank + kLongRanks - 1) / kLongRanks;
+  const auto copy = [&](int step) {
+    if (step < steps) {
+      const int64_t rank0 = static_cast<int64_t>(step) * kLongRanks;
+      factor.dtype == kDTypeOf<T> ? copy_long_tile<T, false, kOfB>(tile(step), factor, rank0, col0)
+                                  : copy_long_tile<T, true, kOfB>(tile(step), factor, rank0, col0);
     }
     ptx::cp_async_commit();
-  }
+  };
 
-  // Sixteen neighbouring threads read the 128 bytes of a row.
-  template <bool kPairs>
-  __device__ __forceinline__ void load_small_operand(int step, int half) {
-    const int ranks = sibling_.rank - rank_ - step * kLongRank, row0 = half * kLongRows / 2;
-    const float* from = from_ + step * kLongRank + row0 * p_.small_operand_stride;
-    const int64_t next_row = kLongPairRows * p_.small_operand_stride;
+  const unsigned lane = threadIdx.x % 32;
+  const int warp_row = first_row_of_warp<kRowPieces>(), warp_col = first_column_of_warp();
+  const bool has_rows = small_row(warp_row) != nullptr;
+  float2 next[kRowPieces][4];
+  const auto load = [&](int step) {
 #pragma unroll
-    for (int i = 0; i < kLongPairs; ++i) {
-      loaded_[i] = load_rank_pair(from, row0 + i * kLongPairRows < rows_ ? ranks : 0, kPairs);
-      from += next_row;
+    for (int m = 0; m < kRowPieces; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = step * kLongRanks + i / 2 * 8 + static_cast<int>(lane % 4 * 2);
+        const float* row = small_row(warp_row + m * kPieceRows + i % 2 * 8 + static_cast<int>(lane / 4));
+        next[m][i] = load_rank_pair(row + r, row ? rank - r : 0, pairs);
+      }
     }
-  }
+  };
 
-  __device__ __forceinline__ void load_small_operand(int step, int half) {
-    tiles_.pairs ? load_small_operand<true>(step, half) : load_small_operand<false>(step, half);
-  }
-
-  __device__ __forceinline__ void store_small_operand(int buffer, int half) {
-    const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2), pair = threadIdx.x % (kLongRank / 2);
-    uint32_t* to = small_operand_ + buffer * kLongSmallElements / 2 + row * kLongSmallPitch / 4 +
-                   (pair / 4 ^ long_small_swizzle(row)) * 4 + pair % 4;
+  for (int step = 0; step < kLongStages - 1; ++step) copy(step);
+  load(0);
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kLongStages - 2>();
+    __syncthreads();  // this step's tile is complete, the last step's tile is free
+    copy(step + kLongStages - 1);
+    if (!has_rows) continue;
+    const uint32_t address =
+        kOfB ? right_address<kRowChunks>(tile(step), lane) : left_address<kRowChunks>(tile(step), lane);
+    uint32_t small[kRowPieces][4];
 #pragma unroll
-    for (int i = 0; i < kLongPairs; ++i) {
-      to[(half * kLongRows / 2 + i * kLongPairRows) * kLongSmallPitch / 4] =
-          rounded_pair<T>(loaded_[i].x, loaded_[i].y);
+    for (int m = 0; m < kRowPieces; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) small[m][i] = rounded_pair<T>(next[m][i].x, next[m][i].y);
     }
-  }
-
-  __device__ __forceinline__ void multiply_half(int buffer, int half,
-                                                float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
-    // A lane's addresses for ldmatrix: row lane % 16; lanes 16 to 31 have the next group.
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const uint32_t small_operand = ptx::shared_address(small_operand_) + buffer * kLongSmallElements * 2 +
-                                   (warp % kLongRowWarps * kLongRowPieces * kPieceRows + lane % 16) * kLongSmallPitch;
-    const uint32_t factor = factor_ + buffer * kLongFactorElements * 2 + lane % 16 * kLongFactorPitch +
-                            warp / kLongRowWarps * kLongColPieces * kPieceCols * 2;
-    const int small_group = lane / 16 ^ long_small_swizzle(lane % 16);
-    const int factor_group = lane / 16 ^ long_factor_swizzle(lane % 16);
-    uint32_t a[kLongRowPieces][4];
+    load(step + 1);  // zeros beyond the last
 #pragma unroll
-    for (int m = 0; m < kLongRowPieces; ++m) {
-      ptx::ldmatrix_x4(a[m], small_operand + m * kPieceRows * kLongSmallPitch + (half * 2 ^ small_group) * 16);
-    }
-#pragma unroll
-    for (int n = 0; n < 4 * kLongColPieces; n += 2) {
+    for (int n = 0; n < 2 * kLongColPieces; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_transposed(b, factor + half * 16 * kLongFactorPitch + (n ^ factor_group) * 16);
+      if constexpr (kOfB) {
+        ptx::ldmatrix_x4(b, operand_at<kRowChunks>(address, warp_col + n * 16, 0));
+      } else {
+        ptx::ldmatrix_x4_transposed(b, operand_at<kRowChunks>(address, 0, warp_col / kChunk + 2 * n));
+      }
 #pragma unroll
-      for (int m = 0; m < kLongRowPieces; ++m) {
-        multiply<T>(sum[m][n / 4][n % 4], a[m], b[0], b[1]);
-        multiply<T>(sum[m][n / 4][n % 4 + 1], a[m], b[2], b[3]);
+      for (int m = 0; m < kRowPieces; ++m) {
+        multiply<T>(sum[m][n / 2][n % 2 * 2], small[m], b[0], b[1]);
+        multiply<T>(sum[m][n / 2][n % 2 * 2 + 1], small[m], b[2], b[3]);
       }
     }
   }
+}
 
-  const ExpandParams& p_;
-  const ExpandSibling& sibling_;
-  const ExpandTiles& tiles_;
-  const PackedShape shape_;
-  const int64_t row0_, col0_;
-  uint32_t* small_operand_;  // [2 buffers][kLongRows][kLongRank] T, in pairs
-  uint32_t factor_;          // [2 buffers][kLongRank][kLongCols] T
-  const float* from_;        // this thread's first pair of the small operand
-  int rank_, rows_;          // its rank, and the number of rows starting at it
-  float2 loaded_[kLongPairs];
-};
+// Transposes the sums of four lanes: of columns 2 * (lane % 4) and the next in four tiles of 8 columns, as products
+// leave them, to columns 0, 2, 4, 6 and the next of tile lane % 4.
+__device__ __forceinline__ void exchange_columns(float (&sum)[4][4]) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool is_upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if ((n & distance) != 0) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float &first = sum[n][i], &second = sum[n + distance][i];
+        const float received = __shfl_xor_sync(0xFFFFFFFFu, is_upper ? first : second, distance);
+        first = is_upper ? received : first;
+        second = is_upper ? second : received;
+      }
+    }
+  }
+}
 
-template <class T>
+// Writes the sums of a warp. piece_of(row): 16 rows from `row` on of the block's.
+template <class T, int kRowPieces, class Params, class PieceOf>
+__device__ __forceinline__ void write_sums(const Params& p, const ExpandSibling& sibling, bool eights,
+                                           const uint8_t* mask, const PieceOf& piece_of, int64_t col0,
+                                           ExpandSums<kRowPieces>& sum) {
+#pragma unroll
+  for (int m = 0; m < kRowPieces; ++m) {
+    const auto piece = piece_of(first_row_of_warp<kRowPieces>() + m * kPieceRows);
+    const ExpandOutput<T, Params, decltype(piece)> output(p, sibling, eights, mask, piece,
+                                                          col0 + first_column_of_warp(), kLongColPieces * kPieceCols);
+#pragma unroll
+    for (int n = 0; n < kLongColPieces; ++n) {
+      const ExpandAddends addends = output.prefetch(n * kPieceCols);
+      exchange_columns(sum[m][n]);
+      output.finish(n * kPieceCols, sum[m][n], addends);
+    }
+  }
+}
+
+// --- the kernel ---
+
+// kOfB: of y, with lora_B of a sibling; otherwise of grad_x, with lora_A of all siblings.
+template <class T, bool kOfB>
 __global__ void __launch_bounds__(kThreads, 2) expand_long_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
-  ExpandLong<T>(p, find_sibling(p)).run();
+  const int s = find_sibling(p);
+  const ExpandSibling& sibling = p.siblings[s];
+  const ExpandTiles& tiles = p.tiles[s];
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kLongRows, col0 = (blockIdx.y - tiles.begin) * kLongCols;
+  const auto small_row = [&](int row) {
+    const float* from = p.small_operand + (row0 + row) * p.small_operand_stride + sibling.rank_begin;
+    return row0 + row < p.num_tokens ? from : nullptr;
+  };
+  SharedMemory shared;
+  ExpandSums<kLongRowPieces> sum = {};
+  if constexpr (kOfB) {
+    const MatrixFactor lora_B{.rank = sibling.rank,
+                              .features = sibling.cols,
+                              .data = sibling.lora_B,
+                              .stride = sibling.rank,
+                              .dtype = p.factor_dtype,
+                              .in_chunks = tiles.chunks};
+    multiply_ranks<T, kLongRowPieces, kOfB>(shared, small_row, tiles.pairs, lora_B, col0, sum);
+  } else {
+    multiply_ranks<T, kLongRowPieces, kOfB>(shared, small_row, tiles.pairs, p.lora_A, col0, sum);
+  }
+  const auto piece_of = [&](int row) { return NeighbourPiece{row0 + row, p.num_tokens}; };
+  write_sums<T, kLongRowPieces>(p, sibling, tiles.eights, p.mask, piece_of, col0, sum);
 }
 
 }  // namespace lora_ext::cuda::mma

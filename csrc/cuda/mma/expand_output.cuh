@@ -2,10 +2,12 @@
 // the output.
 #pragma once
 
+#include <utility>
+
 #include "../../common/params.h"
 #include "../eights.cuh"
 #include "../launch.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 #include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -14,21 +16,19 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  // The short kernel's lora_B [cols, rank], factor_dtype, where it does not read ExpandParams::lora_A; the long
-  // kernel's packed factor (pack_factors.cuh), columns interleaved.
-  const void* factor = nullptr;
-  const void* bias = nullptr;  // [cols], T; null: none
-  const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
-  void* out;                   // [num_tokens, cols], T
+  const void* lora_B = nullptr;  // [cols, rank], factor_dtype, where the kernel does not read ExpandParams::lora_A
+  const void* bias = nullptr;    // [cols], T; null: none
+  const void* base;              // [num_tokens, cols], with out's stride, T; null: zero; may be out
+  void* out;                     // [num_tokens, cols], T
   int64_t cols, out_stride;
   int64_t rank_begin = 0;  // the sibling has the columns [rank_begin, rank_begin + rank) of the small operand
-  int rank;
+  int rank = 0;
 };
 
 // How a sibling's output is divided.
 struct ExpandTiles {
   int64_t begin;  // the sibling's first value of blockIdx.y
-  int cols;       // columns of a tile, a multiple of kPackedFeatureStep
+  int cols;       // columns of a tile, a multiple of kFeatureStep
   bool pairs;     // the small operand can be read in aligned pairs
   bool eights;    // out, base and bias can be read and written in aligned groups of eight
   bool chunks;    // every row of lora_B is aligned to 16 bytes
@@ -40,7 +40,7 @@ struct ExpandParams {
   const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
   ExpandSibling siblings[kMaxSiblings] = {};
-  bool reads_lora_A = false;  // the short kernel: for grad_x it reads lora_A, for y lora_B
+  bool reads_lora_A = false;  // for grad_x; otherwise lora_B, for y
   StackedFactor lora_A = {};
   DType factor_dtype;
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
@@ -59,6 +59,34 @@ __device__ __forceinline__ int find_sibling(const ExpandParams& p) {
   return sibling;
 }
 
+// --- the rows of a piece ---
+
+// A lane has this row of a piece, and the one 8 rows later.
+__device__ __forceinline__ int row_of_lane() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+
+// Rows that follow each other, from row0 on.
+struct NeighbourPiece {
+  int64_t row0, num_rows;  // num_rows: of the whole matrix
+
+  __device__ __forceinline__ int64_t row() const { return row0 + row_of_lane(); }
+  // How many rows there are from the lane's first one on.
+  __device__ __forceinline__ int count() const {
+    return static_cast<int>(min(num_rows - row(), static_cast<int64_t>(kPieceRows)));
+  }
+  // From the first row to the second.
+  __device__ __forceinline__ int step() const { return 8; }
+};
+
+// Rows that lie anywhere.
+struct GatheredPiece {
+  const int64_t* rows;  // [num_rows]
+  int num_rows;
+
+  __device__ __forceinline__ int64_t row() const { return count() > 0 ? rows[row_of_lane()] : 0; }
+  __device__ __forceinline__ int count() const { return num_rows - row_of_lane(); }
+  __device__ __forceinline__ int64_t step() const { return count() > 8 ? rows[row_of_lane() + 8] - row() : 0; }
+};
+
 // A lane's inputs for a piece besides the sums: eight elements of base and a byte of the mask, for each of its two
 // rows.
 struct ExpandAddends {
@@ -66,22 +94,24 @@ struct ExpandAddends {
   uint32_t keep = 0;
 };
 
-// Writes 16 rows of output, piece by piece, with one warp. Lane 4 * g + t has rows g and g + 8 and, by the interleaved
-// order of the factor's columns, columns 8 * t to 8 * t + 7 of a piece.
-template <class T>
+// Writes 16 rows of output, piece by piece, with one warp. Lane 4 * g + t has rows g and g + 8 and columns 8 * t to
+// 8 * t + 7 of a piece. Params: of the kernel, with the stride of the mask's rows.
+template <class T, class Params, class Rows>
 class ExpandOutput {
+  using Step = decltype(std::declval<Rows>().step());  // int if it is known, which saves registers
+
  public:
-  // Starts at (row0, col0), with at most `cols` columns: beyond them even a read would race with another warp.
-  __device__ __forceinline__ ExpandOutput(const ExpandParams& p, const ExpandSibling& sibling, bool eights,
-                                          int64_t row0, int64_t col0, int cols)
-      : p_(p), sibling_(sibling), eights_(eights) {
+  // Starts at column col0, with at most `cols` columns: beyond them even a read would race with another warp.
+  __device__ __forceinline__ ExpandOutput(const Params& p, const ExpandSibling& sibling, bool eights,
+                                          const uint8_t* mask, const Rows& rows, int64_t col0, int cols)
+      : p_(p), sibling_(sibling), eights_(eights), step_(rows.step()) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t row = row0 + lane / 4, col = col0 + lane % 4 * 8;
-    rows_ = static_cast<int>(min(p.num_tokens - row, static_cast<int64_t>(kPieceRows)));
+    const int64_t row = rows.row(), col = col0 + lane % 4 * 8;
+    rows_ = rows.count();
     cols_ = static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(cols)) - lane % 4 * 8);
     out_ = static_cast<T*>(sibling.out) + row * sibling.out_stride + col;
     first_col_ = static_cast<int>(col);
-    mask_ = p.mask ? p.mask + row * p.mask_row_bytes + col / 8 : nullptr;
+    mask_ = mask ? mask + row * p.mask_row_bytes + col / 8 : nullptr;
   }
 
   // Reads the addends of the piece at column `col`; called long before they are needed, so that loads overlap with
@@ -97,7 +127,7 @@ class ExpandOutput {
     return addends;
   }
 
-  // Writes a piece. sum[n]: the sums of its n-th 8 columns in the factor's order, as an mma returns them.
+  // Writes a piece. sum[n]: columns 2 * n and 2 * n + 1 of the lane's eight, in both rows.
   __device__ __forceinline__ void finish(int col, const float (&sum)[4][4], const ExpandAddends& addends) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -126,10 +156,10 @@ class ExpandOutput {
   // Elements from column `col` to the end in row g + 8 * i; 0 if there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
-  // The steps of 8 rows, computed from the kernel's parameters each time: as members they would take registers. They
-  // fit: a row has at most 2^25 columns, since a grid has at most 65535 tiles.
-  __device__ __forceinline__ int out_step() const { return static_cast<int>(8 * sibling_.out_stride); }
-  __device__ __forceinline__ int mask_step() const { return static_cast<int>(8 * p_.mask_row_bytes); }
+  // From a lane's first row to its second, computed from the kernel's parameters each time: as members they would take
+  // registers. Eight rows fit: a row has at most 2^25 columns, since a grid has at most 65535 tiles.
+  __device__ __forceinline__ Step out_step() const { return static_cast<Step>(step_ * sibling_.out_stride); }
+  __device__ __forceinline__ Step mask_step() const { return static_cast<Step>(step_ * p_.mask_row_bytes); }
 
   // The element of base at the place of `out`, and the bias of a column.
   __device__ __forceinline__ const T* base_of(const T* out) const {
@@ -140,9 +170,10 @@ class ExpandOutput {
     return static_cast<const T*>(sibling_.bias) + first_col_ + col;
   }
 
-  const ExpandParams& p_;
+  const Params& p_;
   const ExpandSibling& sibling_;
   const bool eights_;
+  const Step step_;
   int rows_, cols_, first_col_;
   T* out_;
   const uint8_t* mask_;

@@ -11,16 +11,17 @@
 
 namespace lora_ext::cuda::mma {
 
-static_assert(kPackedFeatureStep % kPieceCols == 0, "a packed factor is whole pieces of output");
-static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a factor of one step");
+static_assert(kFeatureStep % kPieceCols == 0, "a tile is whole pieces of output");
+static_assert(kRankStep == 16, "the kernel knows the rows of a factor of one step");
 
 // --- the factor in shared memory ---
 //
 // [padded ranks][tile columns], T; V: the factor's dtype.
 //
-// Columns are interleaved within 32 (pack_factors.cuh), and 16-byte groups of a row are exchanged within 128 bytes so
-// that eight rows at one column, which ldmatrix reads, lie in different banks. Factors are read as they lie, and
-// interleaved on the way: a few hundred columns per block, once.
+// Columns are interleaved within 32: position 8 * j + n holds column 8 * (n / 2) + 2 * j + n % 2. An mma gives columns
+// n = 2 * t and 2 * t + 1 of tile j to lane t of four; in this order a lane's sums of tiles j = 0..3 are eight
+// neighbouring columns, 16 bytes of the output, without exchanging lanes. And 16-byte groups of a row are exchanged
+// within 128 bytes so that eight rows at one column, which ldmatrix reads, lie in different banks.
 
 __device__ __forceinline__ int factor_group(int row, int group, int groups) { return row * groups + (group ^ row % 8); }
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ void load_lora_A_tile(uint16_t* tile, const StackedFa
 template <class T, class V>
 __device__ __forceinline__ void load_lora_B_tile(uint16_t* tile, const ExpandSibling& sibling, bool in_chunks,
                                                  int rank_rows, int64_t col0, int cols) {
-  const V* factor = static_cast<const V*>(sibling.factor);
+  const V* factor = static_cast<const V*>(sibling.lora_B);
   const int groups = cols / 8;
   for (int row = 0; row < rank_rows; row += kChunk) {
 #pragma unroll 2
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
   const int s = find_sibling(p);
   const ExpandSibling& sibling = p.siblings[s];
   const ExpandTiles& tiles = p.tiles[s];
-  const PackedShape shape(sibling.rank, sibling.cols);
+  const PaddedShape shape(sibling.rank, sibling.cols);
   const int rank_rows = kSteps == 1 ? 16 : static_cast<int>(shape.ranks);  // a constant saves a register
   const int row_warps = p.row_warps;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
 
   SharedMemory memory;
   uint16_t* factor_tile = memory.take<uint16_t>(p.factor_tile_elements, "factor");
-  with_elements(sibling.factor, p.factor_dtype, [&]<class V>(const V*) {
+  with_elements(sibling.lora_B, p.factor_dtype, [&]<class V>(const V*) {
     if (p.reads_lora_A) {
       load_lora_A_tile<T, V>(factor_tile, p.lora_A, rank_rows, col0, padded_cols);
     } else {
@@ -177,7 +178,8 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
   const int pieces =
       static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
   int piece = warp / row_warps;
-  const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0, tiles.cols);
+  const ExpandOutput<T, ExpandParams, NeighbourPiece> output(p, sibling, tiles.eights, p.mask, {row0, p.num_tokens},
+                                                             col0, tiles.cols);
   ExpandAddends next = output.prefetch(piece * kPieceCols);
   uint32_t small_operand[kSteps][4];
 #pragma unroll

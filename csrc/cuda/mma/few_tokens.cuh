@@ -11,7 +11,7 @@
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 #include "../sums.cuh"
 
 namespace lora_ext::cuda::mma {

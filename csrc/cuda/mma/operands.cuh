@@ -3,7 +3,7 @@
 
 #include "../eights.cuh"
 #include "../sums.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 
 namespace lora_ext::cuda::mma {
 

@@ -11,9 +11,8 @@
 //   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
 //   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output
 //   few_tokens                         the kernel that reads the weights
-//   pack_factors                       factors in the order in which expand_long copies them
 //   operands                           factors, xa and grad_xa on the way from memory to shared memory
-//   tiles, fragments                   operands in shared memory, and in registers
+//   tiles                              operands in shared memory, and in registers
 //   keep_bits                          the dropout mask in registers
 // ../sums.cuh has the sums of several blocks, which are added later.
 #pragma once
@@ -24,7 +23,6 @@
 #include "expand_long.cuh"
 #include "expand_short.cuh"
 #include "few_tokens.cuh"
-#include "pack_factors.cuh"
 #include "../sums.cuh"
 #include "shrink.cuh"
 #include "shrink_and_sum.cuh"
@@ -56,7 +54,6 @@ class PlanRunner : Launcher {
 
   void run(const PlannedLaunch& launch) {
     switch (launch.kernel) {
-      case Kernel::kPackFactors: return start(launch, &pack_factors_kernel<T>, pack_params());
       case Kernel::kShrink: return run_shrink(launch);
       case Kernel::kShrinkAndSum: return run_shrink_and_sum(launch);
       case Kernel::kTokenSum: return run_token_sum(launch);
@@ -64,7 +61,9 @@ class PlanRunner : Launcher {
       case Kernel::kExpandShort:
         return start(launch, launch.variant == 1 ? &expand_short_kernel<T, 1> : &expand_short_kernel<T, kShortSteps>,
                      expand_params(launch.result));
-      case Kernel::kExpandLong: return start(launch, &expand_long_kernel<T>, expand_params(launch.result));
+      case Kernel::kExpandLong:
+        return start(launch, launch.result == Result::kY ? &expand_long_kernel<T, true> : &expand_long_kernel<T, false>,
+                     expand_params(launch.result));
       case Kernel::kFewTokens: return run_few_tokens(launch);
       case Kernel::kGradientSums: return start(launch, &gradient_sums_kernel<float>, gradient_params());
       default: throw std::logic_error("lora_ext: a plan has a launch of another plan");
@@ -97,7 +96,7 @@ class PlanRunner : Launcher {
             .scales = scales};
   }
 
-  // --- factors: as they are, or packed ---
+  // --- factors ---
 
   template <class Params>
   StackedFactor stacked_lora_A(const Params& p) const {
@@ -123,29 +122,6 @@ class PlanRunner : Launcher {
             .in_chunks = has_aligned_eights(sibling.lora_B, sibling.rank)};
   }
 
-  PackFactorsParams pack_params() const {
-    PackFactorsParams jobs{};
-    for (int s = 0; call_.expand && s < call_.expand->num_siblings; ++s) {
-      if (plan_.scratch.packed_B[s] == Scratch::kNone) continue;
-      const LoraExpandSibling& sibling = call_.expand->siblings[s];
-      const int64_t rank = sibling.rank, out_features = sibling.out_features;
-      jobs.dtype = call_.expand->factor_dtype;
-      jobs.add({.from = sibling.lora_B, .rank = rank, .features = out_features, .transposed = true},
-               {.image = at<void>(plan_.scratch.packed_B[s]), .shape = PackedShape(rank, out_features), .rank = rank});
-    }
-    if (plan_.scratch.packed_A == Scratch::kNone) return jobs;
-    const LoraShrinkBackwardParams& p = *call_.shrink_backward;
-    jobs.dtype = p.factor_dtype;
-    for (int s = 0; s < p.num_siblings; ++s) {
-      jobs.add({.from = p.siblings[s].lora_A, .rank = p.siblings[s].rank, .features = p.in_features},
-               {.image = at<void>(plan_.scratch.packed_A),
-                .shape = PackedShape(p.total_rank, p.in_features),
-                .rank = p.total_rank,
-                .row_begin = p.siblings[s].rank_begin});
-    }
-    return jobs;
-  }
-
   // --- passes over x and grad_y ---
 
   TokenMatrix<T> grad_y(int s) const {
@@ -162,7 +138,7 @@ class PlanRunner : Launcher {
     ShrinkParams<T, false> params{};
     params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
     params.factor = stacked_lora_A(p);
-    params.padded = PackedShape(p.total_rank, p.in_features);
+    params.padded = PaddedShape(p.total_rank, p.in_features);
     params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
     params.out = rank_sums(0, p.total_rank,
                            rank_table<float>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].scale; }));
@@ -176,7 +152,7 @@ class PlanRunner : Launcher {
     ShrinkParams<T, true> params{};
     params.x = grad_y(launch.sibling);
     params.factor = lora_B(launch.sibling);
-    params.padded = PackedShape(sibling.rank, sibling.out_features);
+    params.padded = PaddedShape(sibling.rank, sibling.out_features);
     params.out = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale)));
     start_shrink<KeepBits::kNone>(launch, plan_.grad_y[launch.sibling].ranks, params);
   }
@@ -328,7 +304,7 @@ class PlanRunner : Launcher {
           .pairs = is_aligned(sums_, 8) && total_rank_ % 2 == 0 && sibling.rank_begin % 2 == 0 && sibling.rank % 2 == 0,
           .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) && is_aligned(sibling.bias, 16) &&
                     sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0,
-          .chunks = has_aligned_eights(sibling.factor, sibling.rank)};
+          .chunks = has_aligned_eights(sibling.lora_B, sibling.rank)};
     }
     return params;
   }
@@ -340,8 +316,7 @@ class PlanRunner : Launcher {
     params.writes_sums = true;
     for (int s = 0; s < p.num_siblings; ++s) {
       const LoraExpandSibling& sibling = p.siblings[s];
-      const void* packed = at<void>(plan_.scratch.packed_B[s]);
-      params.siblings[s] = {.factor = packed ? packed : sibling.lora_B,
+      params.siblings[s] = {.lora_B = sibling.lora_B,
                             .bias = sibling.bias,
                             .base = sibling.base,
                             .out = sibling.y,
@@ -362,9 +337,7 @@ class PlanRunner : Launcher {
     params.writes_sums = p.wants_grad_lora_A;
     params.reads_lora_A = true;
     params.lora_A = stacked_lora_A(p);
-    params.siblings[0] = {.factor = at<uint16_t>(plan_.scratch.packed_A),
-                          .bias = nullptr,
-                          .base = p.base,
+    params.siblings[0] = {.base = p.base,
                           .out = p.grad_x,
                           .cols = p.in_features,
                           .out_stride = p.in_features,

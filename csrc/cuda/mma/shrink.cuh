@@ -11,7 +11,7 @@
 
 #include "../launch.cuh"
 #include "../ptx.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 #include "keep_bits.cuh"
 #include "../sums.cuh"
 #include "operands.cuh"
@@ -172,7 +172,7 @@ template <class T, bool kOfB>
 struct ShrinkParams {
   TokenMatrix<T> x;  // [num_tokens, features]
   std::conditional_t<kOfB, MatrixFactor, StackedFactor> factor;
-  PackedShape padded;  // the factor's, as if it were packed: padding reads as zero
+  PaddedShape padded;  // the factor's
   KeepMask mask = {};  // threshold 0: no dropout
   RankSums out;        // the result, or partial sums of ranges of features
   int64_t features_per_range;

@@ -11,7 +11,7 @@
 
 #include "../launch.cuh"
 #include "../ptx.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 #include "../sums.cuh"
 #include "operands.cuh"
 
@@ -72,20 +72,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.grad_y.rows - begin));
   const int steps = (tokens + kTokens - 1) / kTokens;
 
-  // Whole tiles come first. A warp without features copies nothing.
-  const bool whole_columns = p.grad_y.in_chunks && feature0 + kWarpFeatures <= p.grad_y.columns;
-  const int whole_steps = whole_columns ? tokens / kTokens : 0;
-  using Copy = TileCopy<kTokens, kWarpFeatures, 32>;
-  const TokenMatrix<T>& grad_y = p.grad_y;
-  const T* from = grad_y.data + (begin * grad_y.stride + feature0) + Copy::first_element(grad_y.stride, lane);
+  // A warp's columns of grad_y. A warp without features copies nothing.
+  TilesBelow<T, kTokens, kWarpFeatures, 32> grad_y(p.grad_y, begin, tokens, feature0, lane);
+  const auto tile_of = [&](int step) { return grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks; };
   auto copy = [&](int step) {
-    uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks;
-    if (step < whole_steps) {
-      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(lane)), from, grad_y.stride);
-      from += kTokens * grad_y.stride;
-    } else if (step < steps && warp < busy_warps) {
-      Copy::edge(tile, grad_y, begin + static_cast<int64_t>(step) * kTokens, feature0, lane);
-    }
+    if (step < steps && warp < busy_warps) grad_y.copy(tile_of(step), step);
     ptx::cp_async_commit();
   };
   XaTiles xa(p.xa, begin, 0, thread);
@@ -133,8 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (step > 0) add_shares(step - 1);
     if (warp < busy_warps) {
       // One address serves both: grad_y as a left operand, and transposed as a right one.
-      const uint32_t grad_y_address =
-          left_address<kRowChunks>(grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
+      const uint32_t grad_y_address = left_address<kRowChunks>(tile_of(step), lane);
       const uint32_t xa_address = right_address<XaTiles::kRowChunks>(xa_tiles + step % 2 * Tiles::kXaChunks, lane);
       float rank_sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll

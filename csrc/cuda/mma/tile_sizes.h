@@ -24,30 +24,23 @@ constexpr int blocks_per_sm(int64_t ranks) { return ranks > kRankTile ? 1 : 2; }
 constexpr int64_t kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
 constexpr int64_t kShortRank = 64;     // of expand_short
 
-// --- packed factors (pack_factors.cuh) ---
+// --- padding of factors: it reads as zero ---
 
-constexpr int64_t kPackedRankStep = 16;     // the ranks of one tensor-core operand
-constexpr int64_t kPackedFeatureStep = 64;  // the columns of one word of the dropout mask
+constexpr int64_t kRankStep = 16;     // the ranks of one tensor-core operand
+constexpr int64_t kFeatureStep = 64;  // the columns of one word of the dropout mask
 
-LORA_EXT_HOST_DEVICE constexpr int64_t padded_ranks(int64_t rank) {
-  return ceil_div(rank, kPackedRankStep) * kPackedRankStep;
-}
+LORA_EXT_HOST_DEVICE constexpr int64_t padded_ranks(int64_t rank) { return ceil_div(rank, kRankStep) * kRankStep; }
 LORA_EXT_HOST_DEVICE constexpr int64_t padded_features(int64_t features) {
-  return ceil_div(features, kPackedFeatureStep) * kPackedFeatureStep;
+  return ceil_div(features, kFeatureStep) * kFeatureStep;
 }
 
-// With padding.
-struct PackedShape {
+struct PaddedShape {
   int64_t ranks = 0, features = 0;
 
-  constexpr PackedShape() = default;
-  LORA_EXT_HOST_DEVICE constexpr PackedShape(int64_t rank, int64_t num_features)
+  constexpr PaddedShape() = default;
+  LORA_EXT_HOST_DEVICE constexpr PaddedShape(int64_t rank, int64_t num_features)
       : ranks(padded_ranks(rank)), features(padded_features(num_features)) {}
-
-  constexpr int64_t bytes() const { return ranks * features * 2; }
 };
-
-constexpr int kPackRows = static_cast<int>(kPackedRankStep), kPackCols = static_cast<int>(kPackedFeatureStep);
 
 // --- kernels that read x or grad_y [num_tokens, features]; kRanks: ranks of a block ---
 
@@ -63,9 +56,9 @@ struct ShrinkTiles {
       shared_bytes_of(kStages * kBlockWarps * kWarpChunks * 16) + shared_bytes_of(kStages * kFactorChunks * 16);
   static_assert(kStages >= 3, "a tile that was fetched in one step is stored in the next, and read after that");
   static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
-  static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
-  static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");
-  static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
+  static_assert(kFeatureStep % kFeatures == 0, "a padded factor is whole tiles of features");
+  static_assert(kRankStep % 16 == 0, "a padded factor is whole operands of 16 ranks");
+  static_assert(kRanks % kRankStep == 0, "padding adds no tile of ranks");
 };
 
 template <int kRanks>
@@ -98,7 +91,7 @@ struct ShrinkAndSumTiles {
                                            shared_bytes_of(2 * kWarps * kShares * 16);
   static_assert(kTokens == 16, "a tile has the tokens of one product over tokens");
   static_assert(kStages >= 3, "two tiles are copied while one is multiplied");
-  static_assert(kPackedFeatureStep % kWarpFeatures == 0, "a warp's features are all in the packed factor, or none");
+  static_assert(kFeatureStep % kWarpFeatures == 0, "a warp's features are all in the padded factor, or none");
 };
 
 // Partial sums over tokens are written in pairs.
@@ -110,10 +103,12 @@ constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: it
 // Wide tiles reuse the small operand; shared memory limits them, so that two blocks fit on every GPU.
 constexpr int64_t kShortSharedBytes = 48 * 1024, kShortMaxCols = 512;
 
-constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
-constexpr uint32_t kLongSmallElements = kLongRows * kLongRank, kLongFactorElements = kLongRank * kLongCols;
-constexpr uint32_t kLongSharedBytes =
-    shared_bytes_of(2 * kLongSmallElements * 2) + shared_bytes_of(2 * kLongFactorElements * 2);
+// Tiles of the factor in expand_long, one product high, and the warps of a block.
+constexpr int kLongRanks = 16, kLongCols = 128, kLongStages = 4;
+constexpr uint32_t kLongSharedBytes = shared_bytes_of(kLongStages * kLongRanks * kLongCols * 2);
+constexpr int kLongRowWarps = 4, kLongColPieces = kLongCols / kPieceCols / (kWarps / kLongRowWarps);
+constexpr int kLongRowPieces = 2;  // of a warp, where rows follow each other
+constexpr int kLongRows = kLongRowWarps * kLongRowPieces * kPieceRows;
 
 // kTokenTiles: of 8 tokens; kRowTiles: of 16 rows of a weight
 template <int kTokenTiles, int kRowTiles>

@@ -1,4 +1,4 @@
-// Tiles of 16-bit elements in shared memory: their layout, and copying x or grad_y there.
+// Tiles of 16-bit elements in shared memory: their layout, copying x or grad_y there, and the operands of products.
 //
 // A row of a tile consists of chunks of 16 bytes, the unit of ldmatrix. Chunks are permuted within 128 bytes so that
 // the same chunk of eight consecutive rows lies in eight different groups of four banks: ldmatrix has no conflicts.
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../eights.cuh"
 #include "../ptx.cuh"
@@ -114,5 +115,80 @@ struct TileCopy {
               [&](unsigned row) { return row0 + row < matrix.rows ? (row0 + row) * matrix.stride : int64_t{-1}; });
   }
 };
+
+// Copies tiles of kRows x kColumns that lie below each other, with kThreads threads. Steps follow each other; whole
+// tiles come first.
+template <class T, int kRows, int kColumns, int kThreads>
+class TilesBelow {
+  using Copy = TileCopy<kRows, kColumns, kThreads>;
+
+ public:
+  // rows: how many are read, from row0 on.
+  __device__ __forceinline__ TilesBelow(const TokenMatrix<T>& matrix, int64_t row0, int rows, int64_t column0,
+                                        unsigned thread)
+      : matrix_(matrix), row0_(row0), column0_(column0), thread_(thread) {
+    const bool whole_columns = matrix.in_chunks && column0 + kColumns <= matrix.columns;
+    whole_steps_ = whole_columns ? rows / kRows : 0;
+    from_ = matrix.data + (row0 * matrix.stride + column0) + Copy::first_element(matrix.stride, thread);
+  }
+
+  __device__ __forceinline__ int64_t row(int at) const { return row0_ + at; }
+
+  __device__ __forceinline__ void copy(uint4* tile, int step) {
+    if (step < whole_steps_) {
+      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(thread_)), from_, matrix_.stride);
+      from_ += kRows * matrix_.stride;
+    } else {
+      Copy::edge(tile, matrix_, row0_ + static_cast<int64_t>(step) * kRows, column0_, thread_);
+    }
+  }
+
+ private:
+  const TokenMatrix<T>& matrix_;
+  const int64_t row0_, column0_;
+  const unsigned thread_;
+  int whole_steps_;
+  const T* from_;
+};
+
+// --- operands of mma.m16n8k16 ---
+//
+// ptx.cuh says which lane holds which elements. "Left" and "right" are the operands of one mma. A left operand has 16
+// rows and 16 columns in four registers. A right operand is loaded for two products, 16 columns together: registers 0
+// and 1 hold the first eight columns, 2 and 3 the others.
+
+// Returns the address of a lane's row of the operand at row 0, chunk 0 of a tile. The operand at (row, chunk), row a
+// multiple of 16, lies at operand_at<kChunks>(address, row, chunk).
+//
+// A left operand [m, k] in a tile [m, k]: registers are (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15),
+// (rows 8-15, k 8-15). The same address, transposed, is a right operand [k, n] in a tile [k, n].
+template <int kChunks>
+__device__ __forceinline__ uint32_t left_address(const uint4* tile, unsigned lane) {
+  return ptx::shared_address(tile + chunk_index<kChunks>(lane % 16, lane / 16));
+}
+
+// A right operand [k, n] in a tile [n, k]: (rows 0-7, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 0-7), (rows 8-15, k
+// 8-15). The same address, transposed, is a left operand [m, k] in a tile [k, m].
+template <int kChunks>
+__device__ __forceinline__ uint32_t right_address(const uint4* tile, unsigned lane) {
+  return ptx::shared_address(tile + chunk_index<kChunks>(lane / 16 * 8 + lane % 8, lane / 8 % 2));
+}
+
+// Chunks are permuted by an exclusive or within 128 bytes, to which tiles are aligned: an exclusive or moves between
+// them.
+template <int kChunks>
+__device__ __forceinline__ uint32_t operand_at(uint32_t address, unsigned row, unsigned chunk) {
+  return (address ^ chunk % 8 * 16) + chunk / 8 * 128 + row * (kChunks * 16);
+}
+
+// sum [16, 8] += left [16, 16] @ right [16, 8]. Products of 16-bit numbers are exact in float32.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    ptx::mma_f16(sum, left, right0, right1);
+  } else {
+    ptx::mma_bf16(sum, left, right0, right1);
+  }
+}
 
 }  // namespace lora_ext::cuda::mma

@@ -10,7 +10,7 @@
 
 #include "../launch.cuh"
 #include "../ptx.cuh"
-#include "fragments.cuh"
+#include "tiles.cuh"
 #include "keep_bits.cuh"
 #include "../sums.cuh"
 #include "operands.cuh"
@@ -19,41 +19,16 @@ namespace lora_ext::cuda::mma {
 
 // --- the tokens of a block ---
 
-// Tokens that follow each other, from `begin` on.
+// Tokens that follow each other.
 template <class T, int kTokens, int kFeatures>
-class NeighbourTokens {
-  using Copy = TileCopy<kTokens, kFeatures, kThreads>;
+struct NeighbourTokens : TilesBelow<T, kTokens, kFeatures, kThreads> {
+  using TilesBelow<T, kTokens, kFeatures, kThreads>::TilesBelow;
 
- public:
-  __device__ __forceinline__ NeighbourTokens(const TokenMatrix<T>& x, int64_t begin, int tokens, int64_t feature0)
-      : x_(x), begin_(begin), feature0_(feature0) {
-    const bool whole_columns = x.in_chunks && feature0 + kFeatures <= x.columns;
-    whole_steps_ = whole_columns ? tokens / kTokens : 0;
-    from_ = x.data + (begin * x.stride + feature0) + Copy::first_element(x.stride, threadIdx.x);
-  }
-
-  __device__ __forceinline__ int64_t token(int at) const { return begin_ + at; }
-
-  // Copies a tile of x; steps follow each other. Whole tiles come first.
-  __device__ __forceinline__ void copy(uint4* tile, int step) {
-    if (step < whole_steps_) {
-      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(threadIdx.x)), from_, x_.stride);
-      from_ += kTokens * x_.stride;
-    } else {
-      Copy::edge(tile, x_, begin_ + static_cast<int64_t>(step) * kTokens, feature0_, threadIdx.x);
-    }
-  }
-
+  __device__ __forceinline__ int64_t token(int at) const { return this->row(at); }
   template <class SmallTiles>
   __device__ __forceinline__ void fetch(SmallTiles& small_operand, int) const {
     small_operand.fetch();
   }
-
- private:
-  const TokenMatrix<T>& x_;
-  const int64_t begin_, feature0_;
-  int whole_steps_;
-  const T* from_;
 };
 
 // --- the products ---
@@ -179,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRanks))
   const int64_t feature0 = range * Tiles::kFeatures, begin = chunk * p.tokens_per_chunk;
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.out.rank - rank0));
   const int count = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
-  NeighbourTokens<T, Tiles::kTokens, Tiles::kFeatures> tokens(p.x, begin, count, feature0);
+  NeighbourTokens<T, Tiles::kTokens, Tiles::kFeatures> tokens(p.x, begin, count, feature0, threadIdx.x);
   TokenSumOperand<T, kRanks> small_operand(p.small_operand, begin, rank0, threadIdx.x);
   TokenSums<kRanks> sums = {};
   sum_tokens<T, kRanks, kMasked>(shared, tokens, count, small_operand, p.mask, p.mask_row_bytes, feature0, ranks, sums);

@@ -43,10 +43,6 @@ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   simt::mma_m16n8k16(d, a, b, simt::MmaType::kFloat16, SIMT_SITE);
 }
 
-__forceinline__ void store_global_16(void* to, const uint32_t (&words)[4]) {
-  *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 inline uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t selector) {
   const uint64_t source = static_cast<uint64_t>(second) << 32 | first;
   uint32_t out = 0;
