@@ -27,6 +27,7 @@ from support.op_table import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
@@ -220,34 +221,21 @@ def test_without_gradients_nothing_is_kept(op, mode):
 @each_op
 def test_checkpointing_recomputes_the_same_mask(op, reentrant):
     """Also where the mask is drawn: the generator's state is restored."""
-    sample = op.small()
-    dropout = {"dropout_p": 0.5} if op.has_dropout else {}
+    sample, dropout = op.small(), {"dropout_p": 0.5} if op.has_dropout else {}
+    places, call, leaves = op.leaves(sample), sample.call, []
+    for place in places:
+        leaves.append(entry_of(call, *place).detach().clone().requires_grad_())
+        call = with_entry(call, *place, leaves[-1])
+    values, names = pytree.tree_flatten(call)
 
-    def run(**call):
-        torch.manual_seed(4)
-        places = op.leaves(sample)
+    def run(*values):
+        return tuple(op.run(**pytree.tree_unflatten(values, names), **dropout))
 
-        def from_leaves(*tensors):
-            for place, tensor in zip(places, tensors, strict=True):
-                nonlocal call
-                call = with_entry(call, *place, tensor)
-            return tuple(op.run(**call, **dropout))
-
-        return checkpoint(from_leaves, *(entry_of(call, *place) for place in places), use_reentrant=reentrant)
-
-    def plain(**call):
-        torch.manual_seed(4)
-        return op.run(**call, **dropout)
-
-    leaves = op.leaves(sample)
-    expected = results(plain, sample, leaves)
-    call, tensors = sample.call, []
-    for place in leaves:
-        tensors.append(entry_of(call, *place).detach().clone().requires_grad_())
-        call = with_entry(call, *place, tensors[-1])
-    torch.autograd.backward(run(**call), sample.grads)
-    found = [value for name, value in expected.items() if name.startswith("grad")]
-    assert all(torch.equal(tensor.grad, value) for tensor, value in zip(tensors, found, strict=True))
+    torch.manual_seed(4)
+    expected = torch.autograd.grad(run(*values), leaves, sample.grads)
+    torch.manual_seed(4)
+    torch.autograd.backward(checkpoint(run, *values, use_reentrant=reentrant), sample.grads)
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
 
 
 @each_op
