@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.analyzed import factors, name_base, own_adapter, save_files, tensors
-from support.checkpoint_files import peft_adapter, snapshot
+from support.analyzed import factors, name_base, own_adapter, save_files
+from support.checkpoint_files import peft_adapter, snapshot, tensors_of
 from support.models import bert, gpt2, llama
 from support.optional import Image, matplotlib  # noqa: F401
 from torch import Tensor
@@ -71,7 +71,7 @@ def assert_update(found: dict[str, Any], svd: Svd, weight: Tensor) -> None:
 
 def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
     result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
-    weights, scalings = tensors(files / "base"), (6 / 4, 6 / 6)
+    weights, scalings = tensors_of(files / "base"), (6 / 4, 6 / 6)
     modules = [("self_attn.q_proj", 1), ("mlp.up_proj", 1)]
     modules += [("self_attn.q_proj", 2), ("self_attn.v_proj", 2), ("mlp.up_proj", 2)]
     expected = sorted((f"model.layers.{i}.{module}", adapter) for i in range(2) for module, adapter in modules)

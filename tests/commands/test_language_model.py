@@ -21,10 +21,7 @@ pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mar
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("decoder")
-    tiny_decoder.llama().save_pretrained(path)
-    tiny_decoder.tokenizer().save_pretrained(path)
-    return path
+    return tiny_decoder.save(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +66,10 @@ def test_perplexity_counts_the_tokens_of_answers(finetune, options, decoder, tmp
     assert run.metrics["before"]["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
-def saved(directory: Path, template: str = tiny_decoder.TEMPLATE, **sizes) -> Path:
-    tiny_decoder.llama(**sizes).save_pretrained(directory)
-    tiny_decoder.tokenizer(template).save_pretrained(directory)
-    return directory
-
-
 @pytest.mark.parametrize("template", [tiny_decoder.TEMPLATE, tiny_decoder.MARKED], ids=["plain", "marked"])
 def test_the_loss_counts_answers_whether_the_template_marks_them(finetune, options, tmp_path, template):
-    run = finetune(*options, "--model", saved(tmp_path / "model", template), "--max_steps", "1", "--answers", "0")
+    model = tiny_decoder.save(tmp_path / "model", template=template)
+    run = finetune(*options, "--model", model, "--max_steps", "1", "--answers", "0")
     # Random weights: a loss near log(320) for the first step says that some tokens were counted, and no padding.
     assert run.losses[0] == pytest.approx(math.log(320), rel=0.25)
 
@@ -92,15 +84,16 @@ def test_the_loss_counts_answers_whether_the_template_marks_them(finetune, optio
     ],
 )
 def test_options_of_sft_and_ours(finetune, options, tmp_path, more):
-    biased = ["--model", saved(tmp_path / "biased", attention_bias=True)] if "bitfit" in more else []
-    metrics = finetune(*options, *more.split(), *biased, "--max_steps", "4").metrics
+    model = tiny_decoder.save(tmp_path / "model", tiny_decoder.llama(attention_bias="bitfit" in more))
+    metrics = finetune(*options, *more.split(), "--model", model, "--max_steps", "4").metrics
     assert metrics["test"]["perplexity"] < metrics["before"]["perplexity"]
 
 
 @pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore:.*rounding to 16 bits keeps less than")
 @pytest.mark.parametrize("more", ["", "--quantize nf4", "--quantize int8", "--dtype bfloat16 --packing"])
 def test_a_merged_model_is_written_and_scored(finetune, options, tmp_path, more):
-    wide = saved(tmp_path / "wide", hidden_size=64, intermediate_size=64, head_dim=32)  # NF4 has blocks of 64 columns
+    model = tiny_decoder.llama(hidden_size=64, intermediate_size=64, head_dim=32)  # NF4 has blocks of 64 columns
+    wide = tiny_decoder.save(tmp_path / "wide", model)
     run = finetune(*options, *more.split(), "--model", wide, "--merged", "true", "--answers", "0", "--max_steps", "8")
     merged = AutoModelForCausalLM.from_pretrained(run.out / "merged", dtype="auto")
     assert not any("lora" in name for name, _ in merged.named_parameters())

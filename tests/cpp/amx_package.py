@@ -35,9 +35,8 @@ def build(folder: Path) -> None:
         extension.write_package(folder, library)
 
 
-def tiles_tests() -> Path:
-    """Builds the program that tests the tiles themselves."""
-    command = [compiler(), "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
-    with _CACHE.locked("tests"):
-        objects = _CACHE.compile_all([(SOURCES / name, command) for name in ("tiles.cpp", "tiles_tests.cpp")])
-        return _CACHE.link("tiles_tests", objects, [compiler(), "-pthread"], suffix="")
+def tiles() -> Path:
+    """Builds a library of the tiles alone."""
+    with _CACHE.locked("tiles"):
+        command = [compiler(), "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        return _CACHE.link("tiles", [_CACHE.compile(SOURCES / "tiles.cpp", command)], [compiler(), "-shared"])

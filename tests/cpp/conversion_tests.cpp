@@ -1,4 +1,4 @@
-// Tests the conversions of 16-bit numbers exhaustively, and the random generator against published numbers.
+// Tests the conversions of 16-bit numbers exhaustively.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -8,7 +8,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "common/dropout.h"
 #include "cpu/kernels.h"
 #include "kernel_tests.h"
 
@@ -88,12 +87,6 @@ void vectors_convert_like_scalars() {
   }
 }
 
-void philox_gives_the_published_words() {
-  const Philox4x32 words = philox4x32({0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}, 0xA4093822u, 0x299F31D0u);
-  const uint32_t published[4] = {0x4DFCCABAu, 0x190A87F0u, 0xC47362BAu, 0xB6B5242Au};
-  for (int i = 0; i < 4; ++i) CHECK(words.v[i] == published[i], "word %d", i);
-}
-
 }  // namespace
 
 void test_conversions() {
@@ -101,7 +94,6 @@ void test_conversions() {
   halves_round_to_nearest_even();
   bfloat16_rounds_to_nearest_even();
   vectors_convert_like_scalars();
-  philox_gives_the_published_words();
 }
 
 }  // namespace lora_ext::cpu

@@ -37,6 +37,20 @@ void in_threads(int64_t num_chunks, const F& f) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// [rows, columns]: the sums of term(row, column, k) over k < terms.
+template <class F>
+std::vector<double> sums(int64_t rows, int64_t columns, int64_t terms, const F& term) {
+  std::vector<double> found;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      double sum = 0;
+      for (int64_t k = 0; k < terms; ++k) sum += term(row, column, k);
+      found.push_back(sum);
+    }
+  }
+  return found;
+}
+
 // The scratch memory of a call; every piece has exactly its stated size.
 struct Scratch {
   Workspace workspace{};
@@ -99,30 +113,17 @@ struct Layers {
   }
 
   // scale * dropout(x) @ A^T [num_tokens, rank]
-  std::vector<double> expected_xa(int layer) const {
-    const int64_t rank = kLayers[layer].rank;
-    std::vector<double> xa(static_cast<size_t>(kTokens * rank));
-    for (int64_t m = 0; m < kTokens; ++m) {
-      for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t k = 0; k < kIn; ++k) xa[m * rank + r] += kept[m * kIn + k] * A[layer][r * kIn + k];
-        xa[m * rank + r] *= scale[layer];
-      }
-    }
-    return xa;
+  std::vector<double> expected_xa(int i) const {
+    return sums(kTokens, kLayers[i].rank, kIn,
+                [&](int64_t m, int64_t r, int64_t k) { return scale[i] * kept[m * kIn + k] * A[i][r * kIn + k]; });
   }
 
   // scale * grad_y @ B [num_tokens, rank]
-  std::vector<double> expected_grad_xa(int layer) const {
-    const auto [out, rank] = kLayers[layer];
-    std::vector<double> grad_xa(static_cast<size_t>(kTokens * rank));
-    for (int64_t m = 0; m < kTokens; ++m) {
-      for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t n = 0; n < out; ++n) {
-          grad_xa[m * rank + r] += scale[layer] * grad_y[layer][m * out + n] * B[layer][n * rank + r];
-        }
-      }
-    }
-    return grad_xa;
+  std::vector<double> expected_grad_xa(int i) const {
+    const int64_t out = kLayers[i].out, rank = kLayers[i].rank;
+    return sums(kTokens, rank, out, [&](int64_t m, int64_t r, int64_t n) {
+      return scale[i] * grad_y[i][m * out + n] * B[i][n * rank + r];
+    });
   }
 };
 

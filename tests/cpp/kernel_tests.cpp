@@ -51,17 +51,12 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   }
 
   for (int i = 0; i < kNumLayers; ++i) {
-    const auto [out, rank] = kLayers[i];
+    const int64_t out = kLayers[i].out, rank = kLayers[i].rank;
     const std::vector<double> expected_xa = layers.expected_xa(i);
     check_close(columns(xa, kTotalRank, shrink.siblings[i].rank_begin, rank), expected_xa, isa, "xa", i);
-    std::vector<double> expected(static_cast<size_t>(kTokens * out));
-    for (int64_t m = 0; m < kTokens; ++m) {
-      for (int64_t n = 0; n < out; ++n) {
-        expected[m * out + n] = layers.bias[i][n];
-        for (int64_t r = 0; r < rank; ++r)
-          expected[m * out + n] += expected_xa[m * rank + r] * layers.B[i][n * rank + r];
-      }
-    }
+    const std::vector<double> expected = sums(kTokens, out, rank, [&](int64_t m, int64_t n, int64_t r) {
+      return (r == 0 ? layers.bias[i][n] : 0.0) + expected_xa[m * rank + r] * layers.B[i][n * rank + r];
+    });
     check_close(y[i], expected, isa, "y", i);
   }
 }
@@ -99,18 +94,11 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
                                   .has_dropout = true,
                                   .num_siblings = kNumLayers,
                                   .siblings = {}};
-  std::vector<double> expected_grad_x(static_cast<size_t>(kTokens * kIn));
   for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
     const auto [out, rank] = kLayers[i];
-    const std::vector<double> layer_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
-    for (int64_t m = 0; m < kTokens; ++m) {
-      for (int64_t r = 0; r < rank; ++r) {
-        xa[m * kTotalRank + rank_begin + r] = static_cast<float>(layer_xa[m * rank + r]);
-        for (int64_t k = 0; k < kIn; ++k) {
-          const bool is_kept = mask[m * mask_row_bytes(kIn) + k / 8] >> (k % 8) & 1;
-          if (is_kept) expected_grad_x[m * kIn + k] += grad_xa[m * rank + r] * layers.A[i][r * kIn + k];
-        }
-      }
+    const std::vector<double> layer_xa = layers.expected_xa(i);
+    for (int64_t at = 0; at < kTokens * rank; ++at) {
+      xa[at / rank * kTotalRank + rank_begin + at % rank] = static_cast<float>(layer_xa[at]);
     }
     grad_A[i].assign(static_cast<size_t>(rank * kIn), NAN);
     grad_B[i].assign(static_cast<size_t>(out * rank), NAN);
@@ -147,21 +135,25 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
                             kLayers[i].out, 1, rank, DType::kFloat32, DType::kFloat32});
   }
 
-  check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
+  std::vector<double> expected_grad_x(kTokens * kIn);
   for (int i = 0; i < kNumLayers; ++i) {
-    const auto [out, rank] = kLayers[i];
+    const int64_t out = kLayers[i].out, rank = kLayers[i].rank;
     const std::vector<double> layer_xa = layers.expected_xa(i), grad_xa = layers.expected_grad_xa(i);
-    std::vector<double> expected_A(static_cast<size_t>(rank * kIn)), expected_B(static_cast<size_t>(out * rank));
-    for (int64_t m = 0; m < kTokens; ++m) {
-      for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t k = 0; k < kIn; ++k) expected_A[r * kIn + k] += grad_xa[m * rank + r] * layers.kept[m * kIn + k];
-        for (int64_t n = 0; n < out; ++n)
-          expected_B[n * rank + r] += layers.grad_y[i][m * out + n] * layer_xa[m * rank + r];
-      }
-    }
+    const auto of_x = sums(kTokens, kIn, rank, [&](int64_t m, int64_t k, int64_t r) {
+      const int is_kept = mask[m * mask_row_bytes(kIn) + k / 8] >> (k % 8) & 1;
+      return is_kept * grad_xa[m * rank + r] * layers.A[i][r * kIn + k];
+    });
+    for (size_t at = 0; at < of_x.size(); ++at) expected_grad_x[at] += of_x[at];
+    const auto expected_A = sums(rank, kIn, kTokens, [&](int64_t r, int64_t k, int64_t m) {
+      return grad_xa[m * rank + r] * layers.kept[m * kIn + k];
+    });
+    const auto expected_B = sums(out, rank, kTokens, [&](int64_t n, int64_t r, int64_t m) {
+      return layer_xa[m * rank + r] * layers.grad_y[i][m * out + n];
+    });
     check_close(grad_A[i], expected_A, isa, "grad_A", i);
     check_close(grad_B[i], expected_B, isa, "grad_B", i);
   }
+  check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
 }
 
 }  // namespace

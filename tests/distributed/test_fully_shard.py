@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.checkpoint_files import snapshot
 from support.models import Net, llama, token_ids
-from support.ranks import assert_bits, assert_merges_alike, loss_of, shard, trained, whole
+from support.ranks import CHANGES, assert_bits, assert_merges_alike, loss_of, shard, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,15 +20,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.adapters import (
-    add_weighted_adapter,
-    hotswap_adapter,
-    lora_modules,
-    merge_and_unload,
-    merge_record_bytes,
-    prepare_hotswap,
-    unload,
-)
+from lora_ext.adapters import hotswap_adapter, lora_modules, merge_record_bytes
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
@@ -115,13 +108,7 @@ def _refused(model: nn.Module, before: dict[str, Tensor], rank: int, directory: 
     with torch.no_grad():
         weight.copy_(kept)
     assert_bits(model, before)
-    for caller, call in {
-        "merge_and_unload": merge_and_unload,
-        "unload": unload,
-        "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
-        "prepare_hotswap": lambda model: prepare_hotswap(model, 8),
-        "hotswap_adapter": lambda model: hotswap_adapter(model, directory),
-    }.items():
+    for caller, call in (CHANGES | {"hotswap_adapter": lambda model: hotswap_adapter(model, directory)}).items():
         with pytest.raises(ValueError, match=rf"^{caller}: the model is sharded \(fully_shard\)"):
             call(model)
 
@@ -181,11 +168,7 @@ def _files(rank: int, directory: Path) -> None:
 def test_files(ranks, number, tmp_path):
     ranks(number, _files, tmp_path)
     for way in ("", "whole", "dora"):
-        saved, alone = (
-            {file.name: file.read_bytes() for file in (tmp_path / f"{name}{way}").iterdir()}
-            for name in ("sharded", "alone")
-        )
-        assert saved == alone
+        assert snapshot(tmp_path / f"sharded{way}") == snapshot(tmp_path / f"alone{way}")
 
 
 def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:

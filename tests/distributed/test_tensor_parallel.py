@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from support.checkpoint_files import snapshot
 from support.models import Net
-from support.ranks import assert_merges_alike, assert_same, trained, whole
+from support.ranks import CHANGES, assert_merges_alike, assert_same, trained, whole
 from support.versions import needs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
-from lora_ext.adapters import add_weighted_adapter, lora_modules, merge_and_unload, prepare_hotswap
+from lora_ext.adapters import lora_modules, merge_and_unload
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
@@ -35,9 +36,7 @@ PLAN = {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
 def _adapted(mesh, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model that is split and then adapted, and one with the same adapter in one piece; only the blocks are run."""
     torch.manual_seed(2)
-    base = Net().blocks
-    holder = nn.Module()
-    holder.blocks = base
+    holder = nn.ModuleDict({"blocks": Net().blocks})
     alone = inject(copy.deepcopy(holder), LoraConfig(**LORA | options))
     model = inject(parallelize_module(holder, mesh, PLAN), LoraConfig(**LORA | options))
     state = alone.state_dict()
@@ -79,8 +78,7 @@ def test_outputs_and_gradients(ranks, options):
 def _count(rank: int) -> None:
     mesh, counts = init_device_mesh("cpu", (2,)), []
     torch.manual_seed(2)
-    holder = nn.Module()
-    holder.blocks = Net().blocks
+    holder = nn.ModuleDict({"blocks": Net().blocks})
     bare = parallelize_module(holder, mesh, PLAN).requires_grad_(False)
     for one in (bare, _adapted(mesh)[0]):
         with CommDebugMode() as collectives:
@@ -129,9 +127,7 @@ def _files(rank: int, directory: Path) -> None:
 
 def test_merged_bits_and_files(ranks, tmp_path):
     ranks(2, _files, tmp_path)
-    alone = {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
-    split = {file.name: file.read_bytes() for file in (tmp_path / "split").iterdir()}
-    assert split == alone
+    assert snapshot(tmp_path / "split") == snapshot(tmp_path / "alone")
 
 
 def _two_dimensions(rank: int) -> None:
@@ -186,8 +182,7 @@ def test_tp_plan_of_transformers(ranks, tmp_path):
 
 def _refused(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
-    holder = nn.Module()
-    holder.blocks = Net().blocks
+    holder = nn.ModuleDict({"blocks": Net().blocks})
     plan = {"blocks.*.up": ColwiseParallel(use_local_output=False), "blocks.*.down": RowwiseParallel()}
     model = inject(parallelize_module(holder, mesh, plan), LoraConfig(**LORA))
     with pytest.raises(ValueError, match="returned a DTensor; parallelize it with use_local_output=True"):
@@ -200,14 +195,10 @@ def _refused(rank: int) -> None:
             ValueError, match=r"and the same tokens; leave .*\(SequenceParallel\), out of target_modules"
         ):
             layer(torch.randn(2, 4, layer.weight.to_local().shape[1]))
-    for caller, call in {
-        "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
-        "prepare_hotswap": lambda model: prepare_hotswap(model, 8),
-    }.items():
+    for caller in ("add_weighted_adapter", "prepare_hotswap"):
         with pytest.raises(ValueError, match=rf"^{caller}: layers .* split over devices"):
-            call(model)
-    packed = nn.Module()
-    packed.qkv = nn.Linear(6, 12)
+            CHANGES[caller](model)
+    packed = nn.ModuleDict({"qkv": nn.Linear(6, 12)})
     parallelize_module(packed, mesh, {"qkv": ColwiseParallel()})
     with pytest.raises(TypeError, match=r"its weight is sharded \(DTensor\)"):
         inject(packed, LoraConfig(target_modules=["qkv"], enable_lora={"qkv": [True, False, True]}))

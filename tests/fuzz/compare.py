@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_ext import functional, reference
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
+from lora_ext._ops.plain import scale
 
 from .cases import CannotTell, WrongResult
 
@@ -119,11 +120,6 @@ def _largest(before: Mapping[str, Any]) -> float:
     return max([1.0, *(t[t.isfinite()].abs().max().item() for t in tensors if t.isfinite().any())])
 
 
-def rescale(dropout_p: float) -> float:
-    """Factor of the values that dropout keeps."""
-    return 65536.0 / (65536.0 - reference.dropout_threshold(float(dropout_p)))
-
-
 def check_formula(
     formula: Callable[..., Sequence[Tensor]], before: Mapping[str, Any], result: Any, after: Mapping[str, Any]
 ) -> None:
@@ -144,7 +140,7 @@ def check_formula(
     if any(tensor.dtype not in FLOATING for tensor in results):
         raise WrongResult(f"results have dtypes {[tensor.dtype for tensor in results]}")
     largest = max(abs(float(scaling)) for scaling in [before.get("scaling", 0.0), *before.get("scalings", [])])
-    largest *= rescale(dropout_p) * (_largest(before) if dropout_p > 0 else 1.0)
+    largest *= scale(1.0, dropout_p) * (_largest(before) if dropout_p > 0 else 1.0)
     if largest > torch.finfo(accumulation_dtype(computed_in)).max / 4:
         raise CannotTell  # a factor overflows by itself: times zero, or what dropout drops, it is NaN
     runs = []

@@ -1,4 +1,4 @@
-"""Runs the fuzzer from fixed seeds, and checks that it finds each kind of planted bug and calls every op."""
+"""Runs the fuzzer from fixed seeds, and checks that it finds each kind of planted bug."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed; make test
 
 from fuzz import calls, campaign, planted
 from fuzz.__main__ import main as fuzz_command
-from lora_ext import functional
 
 pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
@@ -24,11 +23,6 @@ def test_nothing_is_found(function, request):
     assert function == name
     wanted = outcomes["compared" if name.startswith(calls.FUNCTION) else "accepted"]
     assert wanted >= 0.15 * cases or name.endswith("lora_merge_check"), result.table()  # it has no kernel on the CPU
-
-
-def test_every_function_is_called():
-    of_merges = {"MergeRecord"}  # calls of lora_unmerge_ make them
-    assert {*calls.NAMES} > {f"{calls.FUNCTION}{name}" for name in {*functional.__all__} - of_merges}
 
 
 @pytest.mark.parametrize("name", planted.KINDS)

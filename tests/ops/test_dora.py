@@ -8,7 +8,7 @@ from support.op_table import SIZES
 from lora_ext import reference
 from lora_ext._ops import dora as arithmetic
 from lora_ext._ops.checks import accumulation_dtype
-from lora_ext._ops.dora import rescale, row_norms
+from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
 from lora_ext.nn.dora import DoraUpdate, output
 
 
@@ -37,10 +37,11 @@ def test_norms_of_many_parts(transposed, monkeypatch):
 
 
 def test_an_update_that_takes_the_weight_away():
-    """The squares cancel: what rounding leaves is small, and no NaN."""
+    """The squares cancel: what rounding leaves is small, and no NaN; nor does a row of zeros give one."""
     A, B = torch.randn(8, 60), torch.randn(50, 8)
     norms = row_norms(-2.0 * (B @ A), A, B, 2.0)
     assert (norms <= 2e-3 * (B @ A).norm(dim=1)).all()
+    assert scale_of_rows(torch.ones(2), torch.tensor([0.0, 2.0])).tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -7,13 +7,16 @@ base product is PyTorch's, as on machines with AMX.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cpp import amx_package
-from support.processes import TESTS
+from cpp.tiles import Tiles
+from support.processes import TESTS, run_python
 
 from lora_ext import _load
 
@@ -96,28 +99,78 @@ def test_the_products_of_every_kernel_are_in_tiles(package):
     assert 0 < forward < both and 0 < grouped_forward < grouped_both and few_tokens > 0
 
 
-@pytest.mark.usefixtures("compiles")
-def test_the_tiles_multiply():
-    subprocess.run([amx_package.tiles_tests()], check=True)
+# --- the tiles themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiles(compiles) -> Tiles:
+    return Tiles(str(amx_package.tiles()))
+
+
+def load(tiles: Tiles, *numbers: torch.Tensor) -> None:
+    for tile, rows in enumerate(numbers):
+        tiles.load(tile, rows.data_ptr(), rows.stride(0) * rows.itemsize)
+
+
+def sums_of(tiles: Tiles, to: torch.Tensor) -> torch.Tensor:
+    tiles.store(0, to.data_ptr(), to.stride(0) * to.itemsize)
+    return to
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+@pytest.mark.parametrize("pairs", [1, 8, 16])
+@pytest.mark.parametrize("columns", [1, 5, 16])
+def test_the_tiles_multiply(tiles, rows, pairs, columns):
+    """Rows are further apart than they are long; what is beyond a shape is not written."""
+    left, right, before = torch.randn(16, 80).bfloat16(), torch.randn(16, 80).bfloat16(), torch.randn(16, 40)
+    tiles.configure((rows, 4 * columns), (rows, 4 * pairs), (pairs, 4 * columns))
+    load(tiles, before, left, right)
+    tiles.multiply(0, 1, 2)
+    found = sums_of(tiles, before.clone())
+    matrix = right[:pairs, : 2 * columns].double().view(pairs, columns, 2).mT.reshape(2 * pairs, columns)
+    exact = before[:rows, :columns] + left[:rows, : 2 * pairs].double() @ matrix
+    torch.testing.assert_close(found[:rows, :columns].double(), exact, rtol=0, atol=1e-5)
+    found[:rows, :columns] = before[:rows, :columns]
+    assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("sum_, left", [(2.0**-149, [0.0, 0.0]), (0.0, [2.0**-133, 0.0]), (0.0, [0.0, 2.0**-133])])
+def test_subnormal_numbers_are_zero(tiles, sum_, left):
+    tiles.configure(*[(1, 4)] * 3)
+    load(tiles, torch.tensor([[sum_]]), torch.tensor([left]).bfloat16(), torch.ones(1, 2).bfloat16())
+    tiles.multiply(0, 1, 2)
+    assert sums_of(tiles, torch.ones(1, 1)) == 0.0
+
+
+@pytest.mark.parametrize("clear", [lambda tiles: tiles.zero(0), lambda tiles: tiles.configure((1, 4))])
+def test_tiles_are_cleared(tiles, clear):
+    tiles.configure((1, 4))
+    load(tiles, torch.ones(1, 1))
+    clear(tiles)
+    assert sums_of(tiles, torch.ones(1, 1)) == 0.0
+
+
+WHOLE = (16, 64)
+MISTAKES = {
+    "TDPBF16PS: the sum has other columns": f"t.configure((16, 60), {WHOLE}, {WHOLE}); t.multiply(0, 1, 2)",
+    "TDPBF16PS: the sum has other rows": f"t.configure({WHOLE}, (15, 64), {WHOLE}); t.multiply(0, 1, 2)",
+    "TDPBF16PS: the left operand has other lanes": f"t.configure({WHOLE}, {WHOLE}, (15, 64)); t.multiply(0, 1, 2)",
+    "TDPBF16PS: the three tiles are not different": f"t.configure({WHOLE}, {WHOLE}); t.multiply(0, 1, 1)",
+    "LDTILECFG: a tile is too large": "t.configure((17, 64))",
+    "LDTILECFG: a tile has rows without bytes": "t.configure((16, 0))",
+    "LDTILECFG: there is no such palette": f"t.configure({WHOLE}, palette=2)",
+    "TILELOADD: this thread's tiles are not configured": "t.load(1, bytes(1024), 64)",
+    "TILESTORED: this thread's tiles are not configured": f"t.configure({WHOLE}); t.release(); t.store(0, None, 64)",
+    "TILEZERO: this thread's tiles are not configured": (
+        f"import threading; t.configure({WHOLE}); threading.Thread(target=t.zero, args=[0]).start()"
+    ),
+    "TILEZERO: the tile has no rows": f"t.configure({WHOLE}); t.zero(4)",
+}
 
 
 @pytest.mark.usefixtures("compiles")
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        ("columns", "TDPBF16PS: the sum has other columns"),
-        ("rows", "TDPBF16PS: the sum has other rows"),
-        ("lanes", "TDPBF16PS: the left operand has other lanes"),
-        ("same", "TDPBF16PS: the three tiles are not different"),
-        ("large", "LDTILECFG: a tile is too large"),
-        ("bytes", "LDTILECFG: a tile has rows without bytes"),
-        ("palette", "LDTILECFG: there is no such palette"),
-        ("unconfigured", "TILELOADD: this thread's tiles are not configured"),
-        ("released", "TILELOADD: this thread's tiles are not configured"),
-        ("thread", "TILEZERO: this thread's tiles are not configured"),
-        ("shapeless", "TILEZERO: the tile has no rows"),
-    ],
-)
-def test_a_mistake_ends_the_process(mistake, message):
-    result = subprocess.run([amx_package.tiles_tests(), mistake], capture_output=True, text=True)
-    assert result.returncode != 0 and message in result.stderr
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_ends_the_process(message):
+    program = f"import sys; from cpp.tiles import Tiles; t = Tiles(sys.argv[1]); {MISTAKES[message]}"
+    done = run_python("-c", program, amx_package.tiles())
+    assert done.returncode == -signal.SIGABRT and message in done.stderr

@@ -14,7 +14,7 @@ from support.merging import same_bits
 from support.op_table import good_call, op_named, tensors_of
 from torch import Tensor
 
-from lora_ext import functional
+from lora_ext import functional, reference
 
 SHAPE = 6, 20
 
@@ -162,6 +162,30 @@ def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
         op_named(op)(**call)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_zero_adapter_leaves_every_bit(dtype):
+    layer = random_layer((33, 64, 48, 8), (dtype, torch.float32))
+    y = torch.randn(33, 48).to(dtype)
+    before = y.clone()
+    assert functional.lora_delta_(y, layer.x, layer.lora_A, torch.zeros_like(layer.lora_B), 2.0) is y
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_base_that_returns_its_input_is_refused(requires_grad):
+    x = torch.randn(2, 6, 20)
+    before = x.clone()
+    A, B = torch.randn(4, 20, requires_grad=requires_grad), torch.randn(20, 4)
+    for y in (x, x.view(12, 20).view(2, 6, 20)):
+        with pytest.raises(
+            ValueError, match="lora_delta_: y shares memory with x, which would change with it; pass a clone"
+        ):
+            functional.lora_delta_(y, x, A, B, 1.0)
+    assert torch.equal(x, before)
+    functional.lora_delta_(x[1], x[0], A.detach(), B, 1.0)  # neighbours
+    torch.testing.assert_close(x[1], before[1] + reference.lora_delta(before[0], A.detach(), B, 1.0))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

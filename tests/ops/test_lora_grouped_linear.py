@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.layers import with_threads
-from support.op_table import DOUBLE, OPS, assert_close, grouped_linear, results
+from support.op_table import DOUBLE, OPS, grouped_linear, results
 from torch.profiler import ProfilerActivity, profile
 
 from lora_ext import functional
@@ -29,11 +29,11 @@ def calls_kernel(function: Callable[[], object]) -> bool:
 def test_the_kernel_computes_where_no_gradient_is_wanted():
     sample = grouped_linear(DOUBLE, tokens=12, **SOME)
     for place in OP.leaves(sample, with_frozen=True):
-        assert_close(results(OP.run, sample, [place]), results(OP.plain, sample, [place]))
+        torch.testing.assert_close(results(OP.run, sample, [place]), results(OP.plain, sample, [place]))
         assert not calls_kernel(lambda place=place: results(OP.run, sample, [place]))
     sample.call["lora_Bs"][1].requires_grad_()
     with torch.no_grad():
-        assert_close(results(OP.run, sample, []), results(OP.plain, sample, []))
+        torch.testing.assert_close(results(OP.run, sample, []), results(OP.plain, sample, []))
         assert calls_kernel(lambda: results(OP.run, sample, []))
 
 

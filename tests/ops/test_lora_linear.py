@@ -1,9 +1,10 @@
-"""The dropout mask, which all ops share. test_values.py has the arithmetic of lora_linear."""
+"""The dropout mask and its seed, which all ops share. test_values.py has the arithmetic of lora_linear."""
 
 import pytest
 import torch
 from support.layers import random_layer, with_threads
 from support.processes import run_forked
+from torch.profiler import ProfilerActivity, profile
 
 from lora_ext import functional, reference
 from lora_ext._ops import plain
@@ -91,3 +92,26 @@ def test_recovers_from_running_out_of_memory():
     """
     result = run_forked("-c", code)
     assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])
+
+
+# --- drawn seeds ----------------------------------------------------------------------------------------------------
+
+
+def draw(rank: int | None) -> int:
+    torch.manual_seed(5)
+    return int(functional.draw_seed(torch.get_default_device(), rank))
+
+
+def test_every_rank_draws_its_seed_in_one_kernel():
+    for rank in (0, 1, 1000):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            functional.draw_seed(torch.get_default_device(), rank)
+        calls = [event.name for event in profiler.events() if event.cpu_parent is None]
+        assert len(calls) == 1 and calls[0].startswith("aten::randint"), calls
+
+
+def test_ranks_that_are_seeded_alike_draw_different_seeds():
+    seeds = [draw(rank) for rank in range(100)]
+    assert len(set(seeds)) == 100 and seeds == [draw(rank) for rank in range(100)]
+    assert seeds[0] == draw(None) and min(seeds) >= 0
+    assert len({seed % 2**20 for seed in seeds}) > 90 and len({seed // 2**43 for seed in seeds}) > 90

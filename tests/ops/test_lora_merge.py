@@ -135,13 +135,6 @@ def test_a_scaling_of_zero_and_no_corrections():
     assert weight[0, 0].signbit()
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_a_thousand_cycles(dtype):
-    weight = hard_weight(6, 270, dtype)
-    for cycle in range(1000):
-        assert_comes_back(weight, *update_factors(weight, 3, 10.0 ** (cycle % 7 - 5)))
-
-
 @pytest.mark.parametrize("update, most", [(0.005, 0.05), (0.03, 0.13), (0.1, 0.27)])
 def test_the_record_is_small(update, most):
     weight = torch.randn(512, 1024) * 0.02

@@ -84,14 +84,6 @@ def test_a_row_meets_no_other_groups_factors():
     assert not grad_A[1:].isnan().any() and not grad_B[1:].isnan().any()
 
 
-def test_stacks_without_slots_change_nothing():
-    case = random_groups(5, (24, 20), [(0, 8)], (F32, F32), groups=torch.full((5,), -1))
-    expected = results(OURS, case, 0.2)
-    for value, wanted in zip(results(PLAIN, case, 0.2), expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=0, atol=0)
-    assert torch.equal(expected[0], case.y)
-
-
 def test_rows_are_gathered_in_parts(monkeypatch):
     case = random_groups(20, (24, 20), [4, 3], (F32, F32))
     whole = results(PLAIN, case, 0.2)

@@ -61,11 +61,14 @@ SMALL: dict[str, tuple[str, Callable[[], Sample]]] = {
     "siblings": ("lora_linear_siblings", lambda: op_table.siblings(DOUBLE, size=_LAYERS)),
     "delta siblings": ("lora_delta_siblings", lambda: op_table.delta_siblings(DOUBLE, size=_LAYERS)),
     "grouped": ("lora_grouped_", lambda: op_table.grouped(DOUBLE, **_GROUPED)),
+    "shrink": ("lora_shrink", lambda: op_table.shrink(DOUBLE, size=(3, 5, 4, 2))),
+    "expand": ("lora_expand", lambda: op_table.expand(DOUBLE, size=(3, 5, 4, 2))),
 }
 MAKES = {name: lambda op=op, make=make: Case(OPS[op], make()) for name, (op, make) in SMALL.items()}
 MAKES |= {
     f"{name}, dropout": lambda op=op, make=make: Case(OPS[op], make().with_dropout(0.4))
     for name, (op, make) in SMALL.items()
+    if OPS[op].has_dropout
 }
 MAKES |= {
     f"bottleneck, {activation}": lambda a=activation, r=residual: Case(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
+import itertools
 import re
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,40 +40,22 @@ class Report:
         return f"[{self.kind}] {kernel} {where} at {self.file}:{self.line}: {self.text}"
 
 
-class SimtError(AssertionError):
-    """Raised for a run with reports."""
-
-    def __init__(self, reports: list[Report]):
-        super().__init__("\n".join(map(str, reports)))
-        self.reports = reports
-
-
-class _CReport(ctypes.Structure):  # mirrors CReport of runtime/api.cpp
-    _fields_ = [
-        ("kind", ctypes.c_char_p),
-        ("text", ctypes.c_char_p),
-        ("kernel", ctypes.c_char_p),
-        ("block", ctypes.c_uint32 * 3),
-        ("thread", ctypes.c_uint32 * 3),
-        ("place", ctypes.c_uint64),
-    ]
-
-
-@dataclass(frozen=True)
-class Launch:
-    kernel: str  # without namespaces and arguments, such as "shrink_kernel"
+class Launch(NamedTuple):
+    kernel: str  # such as "shrink", of shrink_kernel
     blocks: int
     threads: int
     shared_bytes: int
 
 
-class _CLaunch(ctypes.Structure):  # mirrors CLaunch of runtime/api.cpp
-    _fields_ = [
-        ("kernel", ctypes.c_char * 256),
-        ("grid", ctypes.c_uint32 * 3),
-        ("threads", ctypes.c_uint32),
-        ("shared_bytes", ctypes.c_uint32),
-    ]
+def planned(plan: Any) -> list[Launch]:
+    """Returns the launches of a plan of ``lora_ext._C``."""
+    return [Launch(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes) for launch in plan.launches]
+
+
+def _lines(function: Callable[[int], bytes | None]) -> Iterator[list[str]]:
+    """Returns the fields of each line that a function of runtime/api.cpp returns."""
+    lines = itertools.takewhile(bool, map(function, itertools.count()))
+    return (line.decode().split("\t") for line in lines)
 
 
 class Library:
@@ -89,7 +73,8 @@ class Library:
         self.c.simt_write.argtypes = self.c.simt_read.argtypes = [pointer, pointer, u64]
         self.c.simt_first_uninitialised.argtypes = [pointer, u64]
         self.c.simt_first_uninitialised.restype = ctypes.c_int64
-        self.c.simt_get_report.argtypes = [ctypes.c_int, pointer]
+        for lines in (self.c.simt_report, self.c.simt_launch):
+            lines.argtypes, lines.restype = [u64], ctypes.c_char_p
 
     # --- runs -----------------------------------------------------------------------------------------------------
 
@@ -103,29 +88,21 @@ class Library:
 
     def reports(self) -> list[Report]:
         found = []
-        for i in range(self.c.simt_num_reports()):
-            c = _CReport()
-            self.c.simt_get_report(i, ctypes.byref(c))
-            place = self._place(c.place)
-            text = re.sub(r"\{pc:(\w+)\}", lambda m: "{}:{}".format(*self._place(int(m[1], 16))), c.text.decode())
-            text = text.replace(f"{ROOT}/", "")
-            found.append(Report(c.kind.decode(), c.kernel.decode(), tuple(c.block), tuple(c.thread), *place, text))
+        for kind, text, kernel, block, thread, place in _lines(self.c.simt_report):
+            text = re.sub(r"\{pc:(\w+)\}", lambda m: "{}:{}".format(*self._place(int(m[1], 16))), text)
+            at = (tuple(map(int, numbers.split())) for numbers in (block, thread))
+            found.append(Report(kind, kernel, *at, *self._place(int(place)), text.replace(f"{ROOT}/", "")))
         return found
 
     def launches(self) -> list[Launch]:
         """Returns the launches since `reset`, in order."""
-        found = []
-        for i in range(self.c.simt_num_launches()):
-            c = _CLaunch()
-            self.c.simt_get_launch(i, ctypes.byref(c))
-            kernel = re.search(r"(\w+_kernel)\b", c.kernel.decode())[1]
-            found.append(Launch(kernel, math.prod(c.grid), c.threads, c.shared_bytes))
-        return found
+        lines = _lines(self.c.simt_launch)
+        return [Launch(re.search(r"(\w+)_kernel\b", kernel)[1], *map(int, numbers)) for kernel, *numbers in lines]
 
     def check(self) -> None:
-        """Raises SimtError if the runs since `reset` had reports."""
-        if reports := self.reports():
-            raise SimtError(reports)
+        """Raises AssertionError if the runs since `reset` had reports."""
+        reports = self.reports()
+        assert not reports, "\n".join(map(str, reports))
 
     @functools.cache  # noqa: B019  libraries live as long as the process
     def _place(self, offset: int) -> tuple[str, int]:

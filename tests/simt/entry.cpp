@@ -10,28 +10,23 @@ using namespace lora_ext::cuda;
 
 static GpuStream stream_of(int sms) { return {.stream = nullptr, .device = 0, .sms = sms, .overlaps_launches = true}; }
 
-#define EXPORT_PLAN(Params)                                                                                      \
-  EXPORT int64_t scratch_bytes_##Params(const Params* p, int sms) { return make_plan(*p, {sms}).scratch.bytes; } \
-  EXPORT void run_##Params(const Params* p, void* scratch, int sms) {                                            \
-    run_plan(*p, make_plan(*p, {sms}), scratch, stream_of(sms));                                                 \
-  }
-
-EXPORT_PLAN(LoraForwardParams)
-EXPORT_PLAN(LoraBackwardParams)
-
-// Forwards with their base layers, for few tokens.
+// weights: null, or the base layers, which a forward of few tokens then computes, too.
 EXPORT bool streams(const LoraForwardParams* p, const BaseWeights* weights) {
   return make_plan({*p, weights}, {}).streams_weights;
 }
-EXPORT int64_t scratch_bytes_streamed(const LoraForwardParams* p, const BaseWeights* weights, int sms) {
+EXPORT int64_t scratch_bytes_LoraForwardParams(const LoraForwardParams* p, const BaseWeights* weights, int sms) {
   return make_plan({*p, weights}, {sms}).scratch.bytes;
 }
-EXPORT void run_streamed(const LoraForwardParams* p, const BaseWeights* weights, void* scratch, int sms) {
+EXPORT void run_LoraForwardParams(const LoraForwardParams* p, const BaseWeights* weights, void* scratch, int sms) {
   run_plan({*p, weights}, make_plan({*p, weights}, {sms}), scratch, stream_of(sms));
 }
-EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int sms) {
-  launch_dropout_mask(*p, stream_of(sms));
+EXPORT int64_t scratch_bytes_LoraBackwardParams(const LoraBackwardParams* p, int sms) {
+  return make_plan(*p, {sms}).scratch.bytes;
 }
+EXPORT void run_LoraBackwardParams(const LoraBackwardParams* p, void* scratch, int sms) {
+  run_plan(*p, make_plan(*p, {sms}), scratch, stream_of(sms));
+}
+EXPORT void run_dropout_mask(const DropoutMaskParams* p, int sms) { launch_dropout_mask(*p, stream_of(sms)); }
 
 // mode: of MergeMode; layers [num_layers]
 EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers, int sms) {

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from support.groups import Grouped
 from torch import Tensor
 
+from lora_ext._ops.checks import accumulation_dtype, mask_row_bytes
+from lora_ext._ops.plain import scale
 from lora_ext.reference import dropout_threshold
 
 from . import params
 from .driver import Library, kernels
-from .ops import DTYPES, SCRATCH_ALIGNMENT, accumulation_dtype, mask_row_bytes
+from .ops import DTYPES, SCRATCH_ALIGNMENT, Backward, run
 
 
 @dataclass
@@ -23,25 +25,14 @@ class Forward:
     mask: Tensor | None
 
 
-@dataclass
-class Backward:
-    grad_x: Tensor | None
-    grad_As: list[Tensor] = field(default_factory=list)  # of the wanted entries
-    grad_Bs: list[Tensor] = field(default_factory=list)
-
-
-def _rescale(dropout_p: float) -> float:
-    return 65536.0 / (65536.0 - dropout_threshold(dropout_p))
-
-
-def _rows(case: Grouped, dropout_p: float, library: Library) -> ctypes.Structure:
+def _run(p: ctypes.Structure, case: Grouped, dropout_p: float, entries: ctypes.Array, library: Library) -> None:
     rows = params.GroupedRows(num_tokens=case.x.shape[:-1].numel(), num_groups=len(case.scalings))
     rows.num_entries, rows.has_ranks = case.group_of_row.numel(), case.ranks is not None
     rows.rows_per_entry = rows.num_tokens // max(rows.num_entries, 1)
     rows.group_of_row = library.upload(case.group_of_row.reshape(-1), "group_of_row")
     rows.scalings, rows.ranks = library.upload(case.scalings, "scalings"), library.upload(case.ranks, "ranks")
-    rows.rescale = _rescale(dropout_p)
-    return rows
+    rows.rescale = scale(1.0, dropout_p)
+    run(p, library, ctypes.byref(rows), entries, ctypes.c_int64(len(entries)))
 
 
 def _upload_factor(factor: Tensor, name: str, library: Library) -> int | None:
@@ -67,17 +58,6 @@ def _entries(case: Grouped, library: Library, wanted_As=(), wanted_Bs=()) -> cty
     return entries
 
 
-def _run(p: ctypes.Structure, rows: ctypes.Structure, entries: ctypes.Array, library: Library) -> None:
-    name = type(p).__name__
-    arguments = ctypes.byref(p), ctypes.byref(rows), entries, ctypes.c_int64(len(entries))
-    scratch_bytes = getattr(library.c, f"scratch_bytes_{name}")
-    scratch_bytes.restype = ctypes.c_int64
-    num_bytes = scratch_bytes(*arguments, library.sms)
-    scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.sms)
-    library.check()
-
-
 def _sizes(p: ctypes.Structure, case: Grouped) -> None:
     p.in_features, p.out_features = case.lora_As[0].shape[-1], case.lora_Bs[0].shape[-2]
     p.max_rank = max(A.shape[-2] for A in case.lora_As)
@@ -99,7 +79,7 @@ def forward(
     if p.threshold:
         p.seed = library.upload(torch.tensor([seed]), "seed")
         p.mask = library.allocate(mask_shape[0] * mask_shape[1], "mask")
-    _run(p, _rows(case, dropout_p, library), _entries(case, library), library)
+    _run(p, case, dropout_p, _entries(case, library), library)
     return Forward(
         library.download(p.y, tuple(y.shape), y.dtype, "y").reshape(case.y.shape),
         library.download(p.xa, (len(x), p.max_rank), acc, "xa"),
@@ -156,7 +136,7 @@ def backward(
     if want_x:
         p.grad_x = library.allocate(x.numel() * x.itemsize, "grad_x")
     entries = _entries(case, library, wanted_As, wanted_Bs)
-    _run(p, _rows(case, dropout_p, library), entries, library)
+    _run(p, case, dropout_p, entries, library)
 
     def download(factors: list[Tensor], wanted: range, name: str) -> list[Tensor]:
         return [

@@ -12,14 +12,16 @@ from enum import IntEnum
 from typing import Any
 
 import torch
+from support.merging import same_bits
 from torch import Tensor
+
+from lora_ext._ops.checks import merge_segments
 
 from . import params
 from .driver import Library, kernels
 from .ops import DTYPES
 
 FIRST_ROW = 3  # of layer i of a stochastic merge, times i
-SEGMENT = 256  # columns; csrc/common/merge_record.h
 
 
 class Mode(IntEnum):  # csrc/common/merge_params.h
@@ -27,7 +29,7 @@ class Mode(IntEnum):  # csrc/common/merge_params.h
 
 
 def num_segments(weight: Tensor) -> int:
-    return weight.shape[0] * -(-weight.shape[1] // SEGMENT)
+    return weight.shape[0] * merge_segments(weight.shape[1])
 
 
 def plan(*layers: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
@@ -36,7 +38,7 @@ def plan(*layers: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     run.count_words()
     weights_after = run.launch(Mode.PLAN)
     for weight, after in zip(run.weights, weights_after, strict=True):
-        assert torch.equal(_bytes(weight), _bytes(after)), "the plan wrote to a weight"
+        assert same_bits(weight, after), "the plan wrote to a weight"
     return run.counts()
 
 
@@ -137,16 +139,11 @@ class _Run:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Returns the number of non-finite results [layers], and the words [segments]; their sums were counted, too."""
-        words = self.library.download(self.words, (sum(map(num_segments, self.weights)),), torch.int16, "words")
-        parts = words.split([num_segments(weight) for weight in self.weights])
-        assert self.num_words().tolist() == [int(part.sum()) for part in parts]
-        return self._totals()[: len(self.layers)], words
-
-    def num_words(self) -> Tensor:
-        return self._totals()[len(self.layers) :]
-
-    def _totals(self) -> Tensor:
-        return self.library.download(self.totals, (2 * len(self.layers),), torch.int64, "counts")
+        segments, layers = [*map(num_segments, self.weights)], len(self.layers)
+        words = self.library.download(self.words, (sum(segments),), torch.int16, "words")
+        totals = self.library.download(self.totals, (2 * layers,), torch.int64, "counts")
+        assert totals[layers:].tolist() == [int(part.sum()) for part in words.split(segments)]
+        return totals[:layers], words
 
     def corrections(self) -> list[Tensor]:
         return [
@@ -164,7 +161,3 @@ class _Run:
             self.library.download_rows(layer.weight, weight, "weight") if weight.numel() else weight.clone()
             for layer, weight in zip(self.layers, self.weights, strict=True)
         ]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)

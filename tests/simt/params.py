@@ -20,36 +20,23 @@ HEADERS = [
 ]
 NAMESPACES = ["lora_ext", "lora_ext::cuda"]
 
-SCALARS = {
-    "int64_t": ctypes.c_int64,
-    "uint64_t": ctypes.c_uint64,
-    "int32_t": ctypes.c_int32,
-    "uint32_t": ctypes.c_uint32,
-    "uint8_t": ctypes.c_uint8,
-    "int": ctypes.c_int,
-    "int8_t": ctypes.c_int8,
-    "int16_t": ctypes.c_int16,
-    "uint16_t": ctypes.c_uint16,
-    "bool": ctypes.c_bool,
-    "double": ctypes.c_double,
-    "float": ctypes.c_float,
-}
+INTEGERS = [f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+NUMBERS = ["int", "bool", "double", "float", *INTEGERS]
+SCALARS = {name: getattr(ctypes, f"c_{name.removesuffix('_t')}") for name in NUMBERS}
 
 
-def _parse() -> tuple[dict[str, type[ctypes.Structure]], list[str]]:
+def _parse() -> dict[str, type[ctypes.Structure]]:
     structs: dict[str, type[ctypes.Structure]] = {}
     types: dict[str, type] = dict(SCALARS)
     constants: dict[str, int] = {}
     for header in HEADERS:
-        if not (ROOT / header).exists():
-            continue
         text = re.sub(r"//.*", "", (ROOT / header).read_text())
         constants |= {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
         types |= {name: SCALARS[base or "int"] for name, base in re.findall(r"enum class (\w+)(?: : (\w+))?", text)}
         for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
             structs[name] = type(name, (ctypes.Structure,), {"_fields_": _fields(body, types, constants)})
             types[name] = structs[name]
-    return structs, [header for header in HEADERS if (ROOT / header).exists()]
+    return structs
 
 
 def _fields(body: str, types: dict[str, type], constants: dict[str, int]) -> list[tuple[str, type]]:
@@ -69,7 +56,7 @@ def _fields(body: str, types: dict[str, type], constants: dict[str, int]) -> lis
     return fields
 
 
-STRUCTS, PRESENT_HEADERS = _parse()
+STRUCTS = _parse()
 
 
 def __getattr__(name: str) -> type[ctypes.Structure]:
@@ -81,7 +68,7 @@ def __getattr__(name: str) -> type[ctypes.Structure]:
 
 def layout_check(path: Path) -> Path:
     """Writes a C++ file that compiles only if every struct has the layout that Python assumes."""
-    lines = ["#include <cstddef>", *(f'#include "{ROOT / header}"' for header in PRESENT_HEADERS)]
+    lines = ["#include <cstddef>", *(f'#include "{ROOT / header}"' for header in HEADERS)]
     lines += [f"using namespace {namespace};" for namespace in NAMESPACES]
     for name, struct in STRUCTS.items():
         lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");')

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ext import _load, reference
 from simt import grouped_ops
-from simt.driver import few_blocks, kernels
+from simt.driver import few_blocks, kernels, planned
 from simt.ops import PAIRS
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
@@ -237,15 +237,11 @@ def test_the_index_is_a_stable_sort(num_tokens, num_groups):
 def test_the_kernels_are_launched_as_planned(num_tokens, library):
     case, library = random_groups(num_tokens, (140, 70), [(3, 20)], dtypes=(BF16, F32)), library()
 
-    def launched() -> list[tuple[str, int, int]]:
-        return [(r.kernel.removesuffix("_kernel"), r.blocks, r.shared_bytes) for r in library.launches()]
-
-    def planned(backward: bool) -> list[tuple[str, int, int]]:
-        options = dict(backward=backward, dropout=True, sms=library.sms)
-        plan = _load.plan_grouped(num_tokens, 140, 70, 3, 20, **options)
-        return [(launch.kernel, launch.blocks, launch.shared_bytes) for launch in plan.launches]
-
+    plans = [
+        _load.plan_grouped(num_tokens, 140, 70, 3, 20, backward=backward, dropout=True, sms=library.sms)
+        for backward in (False, True)
+    ]
     forward = grouped_ops.forward(case, 0.1, SEED, library=library)
-    assert launched() == planned(False)
+    assert library.launches() == planned(plans[0])
     grouped_ops.backward(case, forward.xa, forward.mask, 0.1, library=library)
-    assert launched() == planned(True)
+    assert library.launches() == planned(plans[1])

@@ -6,7 +6,9 @@ The kernels do not compute the base product: weights are zero here, or the outpu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -19,6 +21,7 @@ from support.layers import (
     random_siblings,
     with_rounded_factors,
 )
+from support.op_table import OPS, of_siblings, results
 from torch import Tensor
 
 from lora_ext import reference
@@ -31,6 +34,7 @@ SIBLINGS = [1, 3]
 SEED = 0x1234_5678_9ABC_DEF0 >> 1
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MAIN_DTYPES = [(BF16, BF16), (F16, F16)]
+OP = OPS["lora_linear_siblings"]
 
 
 def dtype_name(value) -> str | None:
@@ -51,9 +55,12 @@ def siblings_of(count: int, shape, dtypes) -> Siblings:
     return siblings
 
 
-def named(ys: list[Tensor], grad_x: Tensor | None, grad_As: list[Tensor], grad_Bs: list[Tensor]) -> dict[str, Tensor]:
-    results = {f"{n}[{i}]": t for n, ts in (("y", ys), ("A", grad_As), ("B", grad_Bs)) for i, t in enumerate(ts)}
-    return results | ({} if grad_x is None else {"grad_x": grad_x})
+def named(
+    ys: list[Tensor], grad_x: Tensor | None = None, grad_As: Sequence[Tensor] = (), grad_Bs: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
+    lists = ("result {}", ys), ("grad of lora_As[{}]", grad_As), ("grad of lora_Bs[{}]", grad_Bs)
+    found = {name.format(i): tensor for name, tensors in lists for i, tensor in enumerate(tensors)}
+    return found | ({} if grad_x is None else {"grad of x": grad_x})
 
 
 def run_kernels(
@@ -75,30 +82,37 @@ def run_kernels(
     return named(forward.ys, backward.grad_x, backward.grad_As, backward.grad_Bs)
 
 
-def run_reference(
-    siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None = None
+def run_halves(siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Does the same by the launches of lora_shrink and lora_expand, and of their backwards."""
+    ys, grad_x = add_to
+    shrunk = ops.lora_forward(siblings, dropout_p, SEED, parts=["shrink"])
+    expanded = ops.lora_forward(siblings, dropout_p, SEED, ys, parts=["expand"], xa=shrunk.xa)
+    saved = shrunk.xa, shrunk.mask, dropout_p
+    back = ops.lora_backward(siblings, *saved, parts=["expand"])
+    rest = ops.lora_backward(siblings, *saved, grad_x=grad_x, parts=["shrink"], grad_xa=back.grad_xa)
+    return named(expanded.ys, rest.grad_x, rest.grad_As, back.grad_Bs)
+
+
+def plain(siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None) -> dict[str, Tensor]:
+    sample = of_siblings(siblings).with_dropout(dropout_p, torch.tensor(SEED))
+    found = results(OP.plain, sample, OP.leaves(sample))
+    added = named(*add_to) if add_to else {}
+    return found | {name: found[name] + base.to(found[name].dtype) for name, base in added.items()}
+
+
+def assert_as_good_as_torch(
+    siblings: Siblings, dropout_p: float = 0.0, run=run_kernels, **options
 ) -> dict[str, Tensor]:
-    x, weights, biases, As, Bs, scalings = siblings.args()
-    x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
-    ys = reference.lora_linear_siblings(x, weights, biases, As, Bs, scalings, dropout_p, torch.tensor(SEED))
-    grad_x, *grads = torch.autograd.grad(ys, (x, *As, *Bs), siblings.grad_ys())
-    if add_to:
-        ys = [(y + base.to(y.dtype)) for y, base in zip(ys, add_to[0], strict=True)]
-        grad_x = grad_x + add_to[1].to(grad_x.dtype)
-    return named([y.detach() for y in ys], grad_x, grads[: len(As)], grads[len(As) :])
-
-
-def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
-    ours = run_kernels(siblings, dropout_p, **options)
+    ours = run(siblings, dropout_p, **options)
     compare(ours, siblings, dropout_p, options.get("add_to"))
     return ours
 
 
 def compare(ours: dict[str, Tensor], siblings: Siblings, dropout_p: float = 0.0, add_to=None) -> None:
     read, dtype = with_rounded_factors(siblings), siblings.x.dtype
-    exact = run_reference(read.to(torch.float64), dropout_p, add_to)
-    plain = in_dtypes_of(run_reference(read, dropout_p, add_to), ours)
-    assert_errors_as_plain([(ours, exact, plain)], dtype, dtype)
+    exact = plain(read.to(torch.float64), dropout_p, add_to)
+    expected = in_dtypes_of(plain(read, dropout_p, add_to), ours)
+    assert_errors_as_plain([(ours, exact, expected)], dtype, dtype)
 
 
 @pytest.mark.pairs
@@ -180,7 +194,7 @@ def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_
             factor[0] = 1 + torch.finfo(dtypes[0]).eps * steps
     found = run_kernels(siblings, 0.1, library=few_blocks())
     for name, expected in run_kernels(with_rounded_factors(siblings), 0.1, library=few_blocks()).items():
-        if name[0] in "AB" and dtypes[1].itemsize == 2:
+        if "lora_" in name and dtypes[1].itemsize == 2:
             continue  # the gradient is rounded to another dtype
         assert torch.equal(found[name].to(expected.dtype), expected), name
 
@@ -205,8 +219,8 @@ def test_sizes_of_zero(dtypes, shape, output_mask):
     for layer in siblings.layers:
         layer.weight.zero_()
     for dropout_p in (0.0, 0.3):
-        results = assert_as_good_as_torch(siblings, dropout_p, output_mask=output_mask)
-        assert ("B[1]" in results) == output_mask[2]
+        found = assert_as_good_as_torch(siblings, dropout_p, output_mask=output_mask)
+        assert ("grad of lora_Bs[1]" in found) == output_mask[2]
 
 
 @pytest.mark.parametrize(
@@ -249,9 +263,9 @@ def test_adds_to_what_is_there(dtypes, count):
 def test_only_wanted_gradients(output_mask, dtypes, count):
     """Arguments that only unwanted gradients read are null."""
     siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
-    results = assert_as_good_as_torch(siblings, 0.3, output_mask=output_mask)
-    wanted = [name for name, want in zip(("grad_x", "A[0]", "B[0]"), output_mask, strict=True) if want]
-    assert [name for name in results if name in ("grad_x", "A[0]", "B[0]")] == sorted(wanted)
+    found = assert_as_good_as_torch(siblings, 0.3, output_mask=output_mask)
+    names = zip(("grad of x", "grad of lora_As[0]", "grad of lora_Bs[0]"), output_mask, strict=True)
+    assert all((name in found) == want for name, want in names)
 
 
 @pytest.mark.pairs
@@ -269,6 +283,47 @@ def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
 
 
+def offset(tensor: Tensor) -> Tensor:
+    """Copies a tensor to a contiguous one that is not aligned to 16 bytes."""
+    return torch.cat([tensor.new_empty(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtypes", ops.PAIRS, ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 8), (7, 5, 3), (33, 130, 17), (70, 515, 8), (40, 257, 100), (20, 136, 40)], ids=str
+)
+def test_shrink_and_expand_alone(shape, dtypes, aligned):
+    """They add to tensors that they do not write."""
+    tokens, features, rank = shape
+    siblings = siblings_of(1, (tokens, features, features, rank), dtypes)
+    (layer,) = siblings.layers
+    base, grad_x = torch.randn_like(layer.x), torch.randn_like(layer.x)
+    if not aligned:
+        rows = dict(x=misaligned(layer.x), grad_y=misaligned(layer.grad_y), bias=offset(layer.bias))
+        layer, base = replace(layer, **rows), offset(base)
+    siblings = Siblings(layer.x, [layer])
+    assert_as_good_as_torch(siblings, 0.1, run=run_halves, add_to=([base], grad_x))
+
+
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+def test_only_wanted_gradients_of_shrink_and_expand(dtypes):
+    """The others do not change, to the bit; those of an expand, which another kernel computes, up to rounding."""
+    siblings, xa, grad_xa = siblings_of(1, (33, 130, 130, 17), dtypes), torch.randn(33, 17), torch.randn(33, 17)
+    shrink = partial(ops.lora_backward, siblings, xa, parts=["shrink"], grad_xa=grad_xa)
+    expand = partial(ops.lora_backward, siblings, xa, parts=["expand"])
+    only_x, only_A, only_B = (True, False, False), (False, True, False), (False, False, True)
+    for base in (torch.randn_like(siblings.x), torch.zeros_like(siblings.x)):
+        both = shrink(grad_x=base)
+        assert torch.equal(shrink(output_mask=only_x, grad_x=base).grad_x, both.grad_x)
+        assert torch.equal(shrink(output_mask=only_A).grad_As[0], both.grad_As[0])
+    assert torch.equal(shrink(output_mask=only_x).grad_x, both.grad_x)  # without a base, as with one of zeros
+    both = expand()
+    torch.testing.assert_close(expand(output_mask=only_x).grad_xa, both.grad_xa)
+    torch.testing.assert_close(expand(output_mask=only_B).grad_Bs, both.grad_Bs)
+
+
 @pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
 def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, rank):
     siblings = siblings_of(3, (num_tokens, 600, 40, rank), (BF16, BF16))
@@ -276,9 +331,9 @@ def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, 
     for factor in (siblings.layers[1].lora_A, siblings.layers[1].lora_B):
         factor.fill_(torch.inf)
     found = run_kernels(siblings)
-    for name in ("y[0]", "A[0]", "B[0]", "y[2]", "A[2]", "B[2]"):
-        assert torch.equal(found[name], expected[name]), name
-    assert not found["y[1]"].isfinite().any()
+    others = {name for name in found if "1" not in name and name != "grad of x"}
+    assert len(others) == 6 and all(torch.equal(found[name], expected[name]) for name in others)
+    assert not found["result 1"].isfinite().any()
 
 
 @pytest.mark.parametrize("schedule", [0, 1])
@@ -297,7 +352,7 @@ def run_few_tokens(siblings: Siblings, dropout_p: float = 0.0, **options) -> dic
     alone = ops.lora_forward(siblings, dropout_p, SEED, **options)
     torch.testing.assert_close(forward.xa, alone.xa)  # what the backward reads
     assert (forward.mask is None) == (alone.mask is None)
-    return named(forward.ys, None, [], [])
+    return named(forward.ys)
 
 
 @pytest.mark.pairs

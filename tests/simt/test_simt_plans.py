@@ -11,7 +11,7 @@ from support.layers import random_siblings
 
 from lora_ext import _load
 from simt import ops
-from simt.driver import Launch, few_blocks, kernels
+from simt.driver import few_blocks, kernels, planned
 
 pytestmark = [pytest.mark.cpu_only("plans of the CUDA kernels, made on the CPU"), pytest.mark.full]
 
@@ -148,17 +148,6 @@ def test_impossible_plans_are_refused(arguments, message):
         plan_forward(*sizes, **options)
 
 
-def launched(library) -> list[tuple[str, int, int, int]]:
-    def facts(launch: Launch) -> tuple[str, int, int, int]:
-        return launch.kernel.removesuffix("_kernel"), launch.blocks, launch.threads, launch.shared_bytes
-
-    return [facts(launch) for launch in library.launches()]
-
-
-def facts_of(plan) -> list[tuple[str, int, int, int]]:
-    return [(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes) for launch in plan.launches]
-
-
 @pytest.mark.parametrize("library", [kernels, few_blocks])
 @pytest.mark.parametrize("layers", [[(40, 8)], [(136, 20), (70, 40)], [(72, 100)]], ids=["one", "two", "large"])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
@@ -168,6 +157,6 @@ def test_the_kernels_are_launched_as_planned(dtypes, layers, library):
     dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     options = dict(dtype=dtype, factor_dtype=factor_dtype, sms=library.sms)
     forward = ops.lora_forward(siblings, 0.1, library=library)
-    assert launched(library) == facts_of(plan_forward(tokens, in_features, layers, **options))
+    assert library.launches() == planned(plan_forward(tokens, in_features, layers, **options))
     ops.lora_backward(siblings, forward.xa, forward.mask, 0.1, library=library)
-    assert launched(library) == facts_of(plan_backward(tokens, in_features, layers, **options))
+    assert library.launches() == planned(plan_backward(tokens, in_features, layers, **options))

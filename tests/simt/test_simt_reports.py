@@ -99,8 +99,3 @@ def test_a_report_names_the_line(kind):
 def test_a_bug_is_found_in_any_order_of_threads(kind):
     for schedule in (1, 2):
         first_report(kind, schedule)
-
-
-def test_every_kind_of_report_is_here():
-    table = re.findall(r"^\| (`.*?) \|", (SIMT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(re.findall(r"[\w-]+", " ".join(table))) == sorted([*PLANTED, *WRONG_CALLS])

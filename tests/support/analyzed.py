@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoint_files import peft_adapter, save_checkpoint
-from support.models import bert, llama
+from support.checkpoint_files import edit_config, edit_tensors, peft_adapter, save_checkpoint, tensors_of
+from support.models import bert, llama, shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, save_adapter
@@ -19,13 +18,8 @@ from lora_ext import LoraConfig, inject, save_adapter
 def own_adapter(model: nn.Module, directory: Path, seed: int, **settings: Any) -> Path:
     """Injects a copy of ``model``, changes its factors and saves the adapter with lora_ext."""
     torch.manual_seed(seed)
-    model = copy.deepcopy(model)
-    inject(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    save_adapter(model, directory)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings})
+    save_adapter(shaken(inject(copy.deepcopy(model), config)), directory)
     return directory
 
 
@@ -41,11 +35,8 @@ def save_files(folder: Path) -> Path:
 
 def name_base(adapter: Path, copied: Path, name: str) -> Path:
     """Copies the adapter and sets the base's name in its config."""
-    copied.mkdir(parents=True)
-    for file in adapter.iterdir():
-        (copied / file.name).write_bytes(file.read_bytes())
-    config = json.loads((copied / "adapter_config.json").read_text())
-    (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    shutil.copytree(adapter, copied)
+    edit_config(copied, base_model_name_or_path=name)
     return copied
 
 
@@ -58,10 +49,8 @@ def save_misfits(folder: Path) -> Path:
     attention = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(24, 16)})})
     wide = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([attention])})})
     own_adapter(wide, folder / "wide", 0, target_modules=["q_proj"])
-    path = name_base(folder / "four", folder / "broken", "base") / "adapter_model.safetensors"
-    values = load_file(path)
-    values["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 0] = torch.nan
-    save_file(values, path)
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    edit_tensors(name_base(folder / "four", folder / "broken", "base"), lambda values: values[key].fill_(torch.nan))
     weights = {key: value.clone() for key, value in llama().state_dict().items()}
     weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.inf
     save_checkpoint(weights, folder / "infinite")
@@ -71,10 +60,6 @@ def save_misfits(folder: Path) -> Path:
 # --- the figures, from whole matrices ---------------------------------------------------------------------------------
 
 
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {key: value for file in directory.glob("*model*.safetensors") for key, value in load_file(file).items()}
-
-
 def factors(adapter: Path, layer: str) -> tuple[Tensor, Tensor]:
-    found = tensors(adapter)
+    found = tensors_of(adapter)
     return tuple(found[f"base_model.model.{layer}.lora_{side}.weight"].double() for side in "AB")

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import assert_errors_as_plain, in_dtypes_of, random_layer, random_siblings, rounds_factors
+from support.layers import (
+    Siblings,
+    assert_errors_as_plain,
+    in_dtypes_of,
+    random_layer,
+    random_siblings,
+    rounds_factors,
+)
 from support.merging import hard_weight, update_factors
 from torch import Tensor
 from torch.nn import functional as F
@@ -175,17 +182,8 @@ def assert_as_good_as_plain(
 
 def assert_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], but: str = "") -> None:
     """Checks that results are equal to the bit, except the one named ``but``."""
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        if name != but:
-            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerances: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        said = lambda m, n=name: f"{n}: {m}"  # noqa: E731
-        torch.testing.assert_close(actual[name], expected[name], msg=said, **tolerances)
+    compared = [{name: tensor for name, tensor in found.items() if name != but} for found in (actual, expected)]
+    torch.testing.assert_close(*compared, rtol=0, atol=0)
 
 
 # --- how the ops are called -------------------------------------------------------------------------------------------
@@ -238,9 +236,12 @@ def delta(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
 SIBLINGS = ((6, 24), ((20, 4), (12, 3)))
 
 
-def siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
-    group = random_siblings(size, dtypes, leading)
+def of_siblings(group: Siblings) -> Sample:
     return Sample(dict(zip(_LAYERS, group.args(), strict=True)), group.grad_ys())
+
+
+def siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
+    return of_siblings(random_siblings(size, dtypes, leading))
 
 
 def delta_siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
@@ -363,6 +364,7 @@ _GROUPS = {
     "a large rank": dict(tokens=37, features=(320, 257), entries=[300, 2]),
     "panels and items": dict(tokens=700, features=(70, 40), entries=[5, 3], groups=(torch.arange(700) % 5 == 0) * 1),
     "empty groups": dict(tokens=20, entries=[3] * 9, groups=torch.tensor([7, 2] * 10)),
+    "hundreds of groups": dict(tokens=600, features=(16, 24), entries=[(200, 4), *[2] * 150]),
 }
 _NO_GROUPS = {
     "no rows": dict(tokens=0, entries=[4, 3]),
@@ -371,6 +373,8 @@ _NO_GROUPS = {
     "no features come in": dict(tokens=9, features=(0, 20), entries=[4, 3]),
     "none go out": dict(tokens=9, features=(24, 0), entries=[4, 3]),
     "a stack of none": dict(tokens=50, features=(40, 24), entries=[(3, 8), (0, 2), 1]),
+    "no groups": dict(tokens=5, entries=[(0, 8)], groups=torch.full((5,), -1)),
+    "groups of no rows": dict(leading=(3, 0), entries=[4, 3], groups=torch.tensor([0, 1, -1])),
 }
 _TOKENS = [1, 2, 7, 8, 9, 31, 32, 33, 130, 1100]  # few and many: kernels of their own, and groups of few and many rows
 _SOME_GROUPS = dict(features=(70, 37), entries=((5, 16), 3, 40))

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lora_ext import merge, unmerge
-from lora_ext.adapters import lora_modules
+from lora_ext.adapters import add_weighted_adapter, lora_modules, merge_and_unload, prepare_hotswap, unload
 
 SECONDS = 400.0
 """Time for one call. A collective that some rank does not reach raises after half of it."""
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
+    "prepare_hotswap": lambda model: prepare_hotswap(model, 8),
+    "merge_and_unload": merge_and_unload,
+    "unload": unload,
+}
+"""Functions that wrapped, sharded and split models refuse, some or all of them."""
 
 
 class Ranks:
@@ -114,9 +122,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(whole(ours[name]), tensor, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close({name: whole(tensor) for name, tensor in ours.items()}, theirs)
 
 
 def assert_merges_alike(model: nn.Module, alone: nn.Module) -> None:
@@ -130,10 +136,8 @@ def assert_merges_alike(model: nn.Module, alone: nn.Module) -> None:
 
 
 def assert_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(whole(state[key]), value), key
+    state = {key: whole(value) for key, value in model.state_dict().items()}
+    torch.testing.assert_close(state, dict(expected), rtol=0, atol=0)
 
 
 def shard(model: nn.Module, apart: str = "", **options: Any) -> nn.Module:

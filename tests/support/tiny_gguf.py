@@ -10,26 +10,10 @@ import torch
 from support.optional import gguf
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
-
-def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, is_quantized: bool = True) -> Path:
-    """Writes the file in Q8_0 and rounds the model's weights to its values, or writes it in float32.
-
-    For Q8_0 the sizes of all weights are multiples of 32, its block.
-    """
-    config = model.config
+def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Writes the file in Q8_0 and rounds the model's weights to its values; their sizes are multiples of 32."""
+    config, kind = model.config, gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -42,19 +26,16 @@ def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.state_dict().items():
-        weight = parameter.float().numpy()
+        weight, its_name = parameter.float().numpy(), names.get_name(name, try_suffixes=[".weight"])
         if weight.ndim == 1:
-            writer.add_tensor(_gguf_name(name), weight)
+            writer.add_tensor(its_name, weight)
             continue
         if "q_proj" in name or "k_proj" in name:  # llama.cpp stores the two halves of a head's rotations in turns
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        if not is_quantized:
-            writer.add_tensor(_gguf_name(name), np.ascontiguousarray(weight))
-            continue
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
+        writer.add_tensor(its_name, gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
         rounded = gguf.quants.dequantize(gguf.quants.quantize(parameter.float().numpy(), kind), kind)
         parameter.copy_(torch.from_numpy(rounded))
     writer.write_header_to_file()
@@ -62,14 +43,6 @@ def save(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _gguf_name(name: str) -> str:
-    stem, ending = name.rsplit(".", 1)
-    if stem in _WHOLE:
-        return f"{_WHOLE[stem]}.{ending}"
-    _, _, layer, inner = stem.split(".", 3)
-    return f"blk.{layer}.{_NAMES[inner]}.{ending}"
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int) -> None:

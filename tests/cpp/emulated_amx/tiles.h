@@ -12,13 +12,17 @@
 
 namespace lora_ext::emulated {
 
+extern "C" {
+#pragma GCC visibility push(default)
 void tile_loadconfig(const void* configuration);
 void tile_release();
 void tile_zero(int tile);
-void tile_loadd(int tile, const void* from, int64_t stride);                         // bytes between rows
-void tile_stored(int tile, void* to, int64_t stride);                                // the same
-void tile_dpbf16ps(int sum, int left, int right);                                    // sum += left @ right, of pairs
-extern "C" __attribute__((visibility("default"))) int64_t lora_ext_tile_products();  // of all threads, so far
+void tile_loadd(int tile, const void* from, int64_t stride);  // bytes between rows
+void tile_stored(int tile, void* to, int64_t stride);         // the same
+void tile_dpbf16ps(int sum, int left, int right);             // sum += left @ right, of pairs
+int64_t lora_ext_tile_products();                             // of all threads, so far
+#pragma GCC visibility pop
+}
 
 }  // namespace lora_ext::emulated
 

@@ -1,8 +1,8 @@
 // The functions that Python calls.
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "access.h"
 #include "global_memory.h"
@@ -11,18 +11,6 @@
 #include "scheduler.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-
-// Mirrored by driver.py.
-struct CReport {
-  const char *kind, *text, *kernel;
-  uint32_t block[3], thread[3];
-  uint64_t place;
-};
-
-struct CLaunch {
-  char kernel[256];
-  uint32_t grid[3], threads, shared_bytes;
-};
 
 EXPORT void simt_reset(uint64_t schedule_seed) {
   simt::global_memory().free_all();
@@ -48,20 +36,23 @@ EXPORT int64_t simt_first_uninitialised(const void* address, uint64_t bytes) {
   return simt::global_memory().first_uninitialised(static_cast<const uint8_t*>(address), bytes);
 }
 
-EXPORT int simt_num_reports() { return static_cast<int>(simt::reports().size()); }
-
-EXPORT void simt_get_report(int index, CReport* out) {
+// The fields of a report and of a launch, with tabs between them, for driver.py; null behind the last one.
+EXPORT const char* simt_report(size_t index) {
+  static std::string line;
+  if (index >= simt::reports().size()) return nullptr;
   const simt::Report& report = simt::reports()[index];
-  *out = {report.kind.c_str(), report.text.c_str(), report.kernel.c_str(), {}, {}, report.place};
-  memcpy(out->block, report.block, sizeof out->block);
-  memcpy(out->thread, report.thread, sizeof out->thread);
+  const auto& [b, t] = std::pair(report.block, report.thread);
+  line = report.kind + '\t' + report.text + '\t' + report.kernel +
+         simt::format("\t%u %u %u\t%u %u %u\t%lu", b[0], b[1], b[2], t[0], t[1], t[2], report.place);
+  return line.c_str();
 }
 
-EXPORT int simt_num_launches() { return static_cast<int>(simt::launches().size()); }
-
-EXPORT void simt_get_launch(int index, CLaunch* out) {
+EXPORT const char* simt_launch(size_t index) {
+  static std::string line;
+  if (index >= simt::launches().size()) return nullptr;
   const auto& [kernel, shape] = simt::launches()[index];
-  *out = {{}, {shape.grid_x, shape.grid_y, shape.grid_z}, static_cast<uint32_t>(shape.threads), shape.shared_bytes};
-  const std::string name = simt::this_module().function_at(kernel).demangled;
-  memcpy(out->kernel, name.c_str(), std::min(name.size(), sizeof out->kernel - 1));
+  const unsigned blocks = shape.grid_x * shape.grid_y * shape.grid_z;
+  line = simt::this_module().function_at(kernel).demangled +
+         simt::format("\t%u\t%d\t%u", blocks, shape.threads, shape.shared_bytes);
+  return line.c_str();
 }

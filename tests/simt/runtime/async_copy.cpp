@@ -1,12 +1,11 @@
 // cp.async: checked when it is issued, executed when a thread waits for its group. In between, its destination holds
 // garbage and is marked, so that any access to it is reported, even by the thread that issued the copy.
-#include "async_copy.h"
-
 #include <cstring>
 
 #include "access.h"
 #include "clocks.h"
 #include "report.h"
+#include "scheduler.h"
 #include "shared_memory.h"
 
 namespace simt {

@@ -7,7 +7,6 @@
 #include <random>
 #include <string>
 
-#include "async_copy.h"
 #include "clocks.h"
 #include "module.h"
 #include "report.h"
