@@ -32,11 +32,9 @@ inline void add_region(std::vector<MemoryRegion>& regions, const ArgumentName& n
                      .changes = changes});
 }
 
-// Whether two regions share bytes. Two blocks of columns of one matrix may be disjoint; any other overlap of extents
-// counts as shared.
-inline bool share_bytes(const MemoryRegion& a, const MemoryRegion& b) {
-  if (a.end <= b.begin || b.end <= a.begin) return false;
-  const MemoryRegion &first = a.begin <= b.begin ? a : b, &second = a.begin <= b.begin ? b : a;
+// Whether two regions share bytes; the second begins within the first. Two blocks of columns of one matrix may be
+// disjoint; any other overlap of extents counts as shared.
+inline bool share_bytes(const MemoryRegion& first, const MemoryRegion& second) {
   if (first.row_stride == 0 || first.row_stride != second.row_stride) return true;
   const int64_t column = (second.begin - first.begin) % first.row_stride;
   return column < first.row_bytes || column + second.row_bytes > first.row_stride;
