@@ -233,8 +233,7 @@ Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features,
                          .group_of_row = nullptr,
                          .scalings = nullptr,
                          .ranks = nullptr,
-                         .rescale = 1.0,
-                         .has_ranks = false};
+                         .rescale = 1.0};
   GroupedEntry stack{};
   stack.rank = rank;
   stack.wants_grad_A = stack.wants_grad_B = backward;

@@ -76,7 +76,7 @@ inline SortedRows sort_rows(const Groups& groups, const Choice& choice) {
     if (count_of[g] == 0 || rows_per_entry == 0) continue;
     const size_t entry = groups.entry_of(g);
     const int64_t most = groups.entries[entry].rank;
-    const int64_t rank = rows.has_ranks ? rows.ranks[g] : most;
+    const int64_t rank = rows.ranks ? rows.ranks[g] : most;
     if (rank < 0 || rank > most) {
       refuse<"group_rank">(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
     }

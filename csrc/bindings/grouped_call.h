@@ -74,8 +74,7 @@ struct Choice {
             .group_of_row = static_cast<const int64_t*>(group_of_row.const_data_ptr()),
             .scalings = static_cast<const double*>(scalings.const_data_ptr()),
             .ranks = ranks ? static_cast<const int64_t*>(ranks->const_data_ptr()) : nullptr,
-            .rescale = dropout_rescale(dropout_threshold(dropout_p)),
-            .has_ranks = ranks.has_value()};
+            .rescale = dropout_rescale(dropout_threshold(dropout_p))};
   }
 };
 

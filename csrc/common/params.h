@@ -157,9 +157,8 @@ struct GroupedRows {
   int64_t num_tokens, num_groups, num_entries, rows_per_entry;
   const int64_t* group_of_row;  // [num_entries]
   const double* scalings;       // [num_groups]
-  const int64_t* ranks;         // [num_groups], where there are ranks
+  const int64_t* ranks;         // [num_groups]; null: each group has all that its entry stores
   double rescale;               // 1 / (1 - p)
-  bool has_ranks;
 };
 
 struct LoraGroup {

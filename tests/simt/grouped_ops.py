@@ -27,7 +27,7 @@ class Forward:
 
 def _run(p: ctypes.Structure, case: Grouped, dropout_p: float, entries: ctypes.Array, library: Library) -> None:
     rows = params.GroupedRows(num_tokens=case.x.shape[:-1].numel(), num_groups=len(case.scalings))
-    rows.num_entries, rows.has_ranks = case.group_of_row.numel(), case.ranks is not None
+    rows.num_entries = case.group_of_row.numel()
     rows.rows_per_entry = rows.num_tokens // max(rows.num_entries, 1)
     rows.group_of_row = library.upload(case.group_of_row.reshape(-1), "group_of_row")
     rows.scalings, rows.ranks = library.upload(case.scalings, "scalings"), library.upload(case.ranks, "ranks")

@@ -73,7 +73,7 @@ __device__ __forceinline__ Group find_group(const GroupTable& table, int64_t num
   }
   const GroupedEntry& entry = table.entry_of(number);
   const int64_t slot = number - entry.first_group, size = dtype_size(factor_dtype);
-  group.rank = rows.has_ranks ? rows.ranks[number] : entry.rank;
+  group.rank = rows.ranks ? rows.ranks[number] : entry.rank;
   if (group.rank < 0 || group.rank > entry.rank) {
     group.rank = 0;
     group.added = nan;
