@@ -89,13 +89,15 @@ class Injection:
     @functools.cached_property
     def _adapted(self) -> list[tuple[str, str, type[LoraLayer] | None]]:
         """``(path, path that sets the rank, class of layer)`` of the targets and of modules adapted along."""
-        found = {}
+        found: dict[str, tuple[str, type[LoraLayer] | None]] = {}
         for target in self.targets.modules:
-            along = getattr(self._kind(target, target), "adapted_along", ())
-            for path in (target, *(f"{target}.{name}" for name in along)):
-                if path not in found and path not in self.trained:
-                    found[path] = path, target, self._kind(path, target)
-        return list(found.values())
+            kinds = {target: self._kind(target, target)}
+            for path in (f"{target}.{name}" for name in getattr(kinds[target], "adapted_along", ())):
+                kinds[path] = self._kind(path, target)
+            for path, kind in kinds.items():
+                if path not in self.trained:
+                    found.setdefault(path, (target, kind))
+        return [(path, target, kind) for path, (target, kind) in found.items()]
 
     def _attention_around(self, path: str) -> nn.MultiheadAttention | None:
         """The attention whose ``out_proj`` is at ``path``, or None."""
@@ -177,9 +179,9 @@ class Injection:
     def _check_present_adapters(self) -> None:
         """Refuses targets whose layers hold adapters of a kind that the new one cannot join."""
         for path in (*self.targets.modules, *self.targets.parameters):
-            kind = LoraParameter if path in self.targets.parameters else self._kind(path, path)
-            parts = len(self.config.enable_lora_for(path) or ())
             for layer in (layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraLayer)):
+                kind = LoraParameter if path in self.targets.parameters else self._kind(path, path)
+                parts = len(self.config.enable_lora_for(path) or ())
                 if type(layer) is not kind or getattr(layer, "num_parts", parts) != parts:
                     raise ValueError(
                         f"inject: {path!r} has adapters ({list(layer.adapters) or 'those of an AdapterPool'}) in a "

@@ -153,7 +153,7 @@ def prepare_modules(model: nn.Module) -> None:
     keep_stored(model)
     for module in model.modules():
         for kind, attribute, off in _OFF:
-            is_on = isinstance(module, kind) and bool(vars(module).get(attribute))
+            is_on = isinstance(module, kind) and bool(getattr(module, attribute, False))
             if is_on and (kind is nn.Module or any(adapter_layers(module))):
                 replace_attribute(module, attribute, off)
 
