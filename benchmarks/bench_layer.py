@@ -39,8 +39,9 @@ def measure(shape: Shape, dtype: torch.dtype, run: Report, with_compile: bool) -
     if with_compile:
         contestants.forget_compiled()
     makes = contestants.LAYERS | ({COMPILED: contestants.make_compiled} if with_compile else {})
-    for name in ("lora_ext", "peft") if run.args.float32_factors and dtype.itemsize == 2 else ():
-        makes[f"{name}, float32 factors"] = contestants.with_float32_factors(contestants.LAYERS[name])
+    if run.args.float32_factors and dtype.itemsize == 2:
+        for name in (name for name in (contestants.LORA_EXT, "peft") if name in contestants.LAYERS):
+            makes[f"{name}, float32 factors"] = contestants.with_float32_factors(contestants.LAYERS[name])
     modules = contestants.on_same_weights(shape, dtype, run.args.device, run.args.rank, dropouts, makes)
     x, grad_ys = random_x_and_grad_y(shape, dtype, run)
     if with_compile and (reason := contestants.why_not_compiled([m[COMPILED] for m in modules.values()], x, grad_ys)):
