@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.models import llama, token_ids
+from support.models import VOCABULARY, llama, token_ids
 from support.ranks import Ranks, loss_of, trained
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -83,8 +83,8 @@ def _train(rank: int, way: str, stage: int, partitioned: bool, directory: Path) 
             parameter.copy_(other.normal_(std=0.1, generator=random))
     optimizers = [torch.optim.SGD(trained(one).values(), lr=0.5) for one in (model, alone)]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=settings(stage))
-    batches = torch.randint(64, (STEPS, 2, 2, 7), generator=torch.Generator().manual_seed(2))
-    for batch in batches % model.config.vocab_size:
+    batches = torch.randint(VOCABULARY, (STEPS, 2, 2, 7), generator=torch.Generator().manual_seed(2))
+    for batch in batches:
         for name in ("other", "default") if way == "inject" else ():
             for one in (model, alone):
                 set_adapter(one, name)
@@ -125,7 +125,7 @@ def test_an_engine_trains_as_one_process_does(way, stage, partitioned, tmp_path,
 
 def _run_trainer(rank: int, stage: int, directory: Path) -> None:
     join(rank)
-    ids = torch.randint(32, (8, 7), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.randint(VOCABULARY, (8, 7), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     config = settings(stage) | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "gradient_clipping": "auto"}
     options = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}

@@ -16,4 +16,6 @@ _MODULES = {
 def __getattr__(name: str) -> ModuleType:
     if name.startswith("__"):
         raise AttributeError(name)
-    return pytest.importorskip(_MODULES.get(name, name), reason=f"{name} is not installed; make test installs it")
+    return pytest.importorskip(
+        _MODULES.get(name, name), reason=f"{name} is not installed; make test, or make test-full, installs it"
+    )
