@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.object_cache import ROOT, ObjectCache
+from torch.utils import cpp_extension
 
 from . import cuda_headers
 
@@ -17,6 +18,9 @@ locked = _OBJECTS.locked
 
 COMMON_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 RUNTIME_FLAGS = [*COMMON_FLAGS, "-O2"]
+_TORCH = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+BINDING_FLAGS = [*COMMON_FLAGS, "-O1", *_TORCH, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+BINDING_FLAGS += ["-include", "simt_bindings.h"]
 KERNEL_FLAGS = [
     *COMMON_FLAGS,
     "-O1",
@@ -41,11 +45,19 @@ def command(flags: list[str]) -> list[str]:
     return [_compiler(), *flags, f"-I{SIMT / 'standin'}", f"-I{ROOT}", *headers]
 
 
-def build_library(name: str, kernels: list[Path], others: Sequence[Path] = ()) -> Path:
-    """Builds a shared library of the runtime, of kernels (instrumented) and of `others` (not instrumented)."""
+def build_library(name: str, kernels: list[Path], others: Sequence[Path] = (), bindings: bool = False) -> Path:
+    """Builds a shared library of the runtime, of kernels (instrumented) and of ``others`` (not instrumented).
+
+    bindings: whether those of csrc/bindings belong to it.
+    """
     with locked(name):
         plain = [*sorted((SIMT / "runtime").glob("*.cpp")), *others]
         jobs = [(path, command(KERNEL_FLAGS)) for path in kernels] + [(path, command(RUNTIME_FLAGS)) for path in plain]
-        library = _OBJECTS.link(name, _OBJECTS.compile_all(jobs), [_compiler(), "-shared", "-Wl,-z,defs"], ["-ldl"])
+        libraries = ["-ldl"]
+        if bindings:
+            sources = [SIMT / "bindings.cpp", *sorted((ROOT / "csrc/bindings").glob("cuda_*.cpp"))]
+            jobs += [(path, command(BINDING_FLAGS)) for path in sources]
+            libraries += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
+        library = _OBJECTS.link(name, _OBJECTS.compile_all(jobs), [_compiler(), "-shared", "-Wl,-z,defs"], libraries)
         _OBJECTS.remove_old()
         return library

@@ -1,4 +1,4 @@
-"""Loads a built library and gives access to its device memory and its reports."""
+"""Loads a built library, gives access to its memory and reports, and runs the ops of lora_ext by its kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from support import layers
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import params
-from .build import CACHE, ROOT, SIMT, build_library
+from .build import ROOT, build_library
 
-FEW_SMS = 2
+SMS, FEW_SMS = 132, 2  # of the GPU for which the kernels plan: an H100; one on which loops go round
+_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)  # of the ops in standin/simt_bindings.h
+ALIGNMENT = 16  # bytes that kernels may take for granted of a pointer without an offset
 STAND_IN = ("tests/simt/standin/", "tests/simt/runtime/")
 
 
@@ -61,8 +65,6 @@ def _lines(function: Callable[[int], bytes | None]) -> Iterator[list[str]]:
 class Library:
     """A built library. All runs share its device memory, so every run begins with `reset`."""
 
-    sms = 132  # of the GPU for which the kernels plan: an H100
-
     def __init__(self, path: Path):
         self.path = path
         self.c = ctypes.CDLL(str(path))
@@ -70,9 +72,8 @@ class Library:
         self.c.simt_reset.argtypes = [u64]
         self.c.simt_allocate.argtypes = [u64, u64, u64, ctypes.c_char_p]
         self.c.simt_allocate.restype = pointer
-        self.c.simt_write.argtypes = self.c.simt_read.argtypes = [pointer, pointer, u64]
-        self.c.simt_first_uninitialised.argtypes = [pointer, u64]
-        self.c.simt_first_uninitialised.restype = ctypes.c_int64
+        self.c.simt_write.argtypes = [pointer, pointer, pointer, u64]
+        self.c.simt_written.argtypes = [pointer, pointer, u64]
         for lines in (self.c.simt_report, self.c.simt_launch):
             lines.argtypes, lines.restype = [u64], ctypes.c_char_p
 
@@ -117,85 +118,111 @@ class Library:
 
     # --- device memory ----------------------------------------------------------------------------------------------
 
-    def allocate(self, num_bytes: int, name: str, alignment: int = 16, offset: int = 0) -> int | None:
-        """Returns the address of a new buffer: an odd multiple of alignment, plus offset. Its contents are undefined.
+    def allocate(self, like: Tensor, name: str, alignment: int = ALIGNMENT) -> Tensor:
+        """Returns a tensor in device memory with the shape, the strides and the misalignment of ``like``, undefined.
 
-        Returns null for 0 bytes, as torch does for an empty tensor.
+        An empty tensor has a null pointer, as torch gives it. alignment: in bytes; no buffer has a better one.
         """
-        if num_bytes == 0:
-            return None
-        return self.c.simt_allocate(num_bytes, alignment, offset, name.encode())
+        if like.numel() == 0:
+            return torch.empty(like.shape, dtype=like.dtype)
+        offset, count = like.storage_offset() * like.element_size() % ALIGNMENT, len(_bytes_of_elements(like))
+        address = self.c.simt_allocate(count, alignment, offset, name.encode())
+        memory = torch.frombuffer((ctypes.c_uint8 * count).from_address(address), dtype=like.dtype)
+        return memory.as_strided(like.shape, like.stride())
 
-    def upload(self, tensor: Tensor | None, name: str) -> int | None:
-        """Copies a matrix or vector whose last stride is 1. Gaps between its rows stay undefined.
+    def upload(self, tensor: Tensor, name: str) -> Tensor:
+        """Copies a tensor to device memory; what lies between its elements stays undefined."""
+        copy, is_element = self.allocate(tensor, name), _bytes_of_elements(tensor)
+        if tensor.numel():
+            self.c.simt_write(copy.data_ptr(), tensor.data_ptr(), is_element.data_ptr(), len(is_element))
+        return copy
 
-        A view that begins inside its storage is misaligned on the device by the same number of bytes.
-        """
-        if tensor is None:
-            return None
-        size = tensor.element_size()
-        rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
-        assert rows.dim() == 2 and (rows.shape[1] <= 1 or rows.stride(1) == 1), "want a matrix with unit column stride"
-        row_bytes, pitch = rows.shape[1] * size, rows.stride(0) * size
-        num_bytes = (rows.shape[0] - 1) * pitch + row_bytes if rows.numel() else 0
-        address = self.allocate(num_bytes, name, offset=tensor.storage_offset() * size % 16)
-        if pitch == row_bytes and num_bytes:
-            self.c.simt_write(address, tensor.data_ptr(), num_bytes)
-        elif num_bytes:
-            for row in range(rows.shape[0]):
-                self.c.simt_write(address + row * pitch, rows.data_ptr() + row * pitch, row_bytes)
-        return address
+    def download(self, tensor: Tensor, name: str) -> Tensor:
+        """Copies a tensor from device memory. Raises if an element was never written, or what lies between them was."""
+        is_element = _bytes_of_elements(tensor)
+        written = is_element.clone()  # elsewhere, what plain PyTorch has computed
+        self.c.simt_written(written.data_ptr(), tensor.data_ptr(), len(written))
+        if wrong := (written != is_element).nonzero().flatten().tolist():
+            what = "was never written" if is_element[wrong[0]] else "lies between elements and was written"
+            raise AssertionError(f"{name}: byte {wrong[0]} of {len(written)} {what}, and {len(wrong) - 1} more")
+        return tensor.clone()
 
-    def download_rows(self, address: int, like: Tensor, name: str) -> Tensor:
-        """Returns a matrix of the shape and strides of `like`. Raises if something was written between its rows."""
-        size, (rows, columns) = like.element_size(), like.shape
-        pitch, gap = like.stride(0) * size, max(like.stride(0) - columns, 0) * size
-        tensor = torch.empty(rows, columns, dtype=like.dtype)
-        for row in range(rows):
-            tensor[row] = self.download(address + row * pitch, (columns,), like.dtype, f"{name} row {row}")
-            for byte in range(columns * size, columns * size + gap if row + 1 < rows else 0):
-                if self.c.simt_first_uninitialised(address + row * pitch + byte, 1) != 0:
-                    raise AssertionError(f"{name}: something was written {byte} bytes after the start of row {row}")
-        return tensor
 
-    def download(self, address: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
-        """Returns a contiguous array. Raises if one of its bytes was never written."""
-        tensor = torch.empty(shape, dtype=dtype)
-        num_bytes = tensor.numel() * tensor.element_size()
-        if num_bytes:
-            unwritten = self.c.simt_first_uninitialised(address, num_bytes)
-            if unwritten >= 0:
-                raise AssertionError(f"{name}: byte {unwritten} of {num_bytes} was never written")
-            self.c.simt_read(tensor.data_ptr(), address, num_bytes)
-        return tensor
+def _bytes_of_elements(tensor: Tensor) -> Tensor:
+    """Returns for each byte from a tensor's first element to its last whether it is an element's."""
+    if tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.bool)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    is_element = torch.zeros(last + 1, dtype=torch.bool)
+    is_element.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return is_element.repeat_interleave(tensor.element_size())
+
+
+class Emulated(TorchDispatchMode):
+    """Inside, the ops of lora_ext run as their CUDA bindings do: the bindings of csrc/bindings plan and allocate, and
+    the emulator runs their kernels, in memory of its own.
+
+    Every call also checks that nothing is reported, that every byte of its results was written, and nothing beside.
+
+    Args:
+        sms: of the GPU. On a large one, a block has only one step at a test's sizes; with FEW_SMS, loops and pipelines
+            run several times.
+        schedule: 0 runs threads in order, others shuffle them.
+        races: whether they are reported.
+        largest: bytes of an allocation; a larger one fails.
+
+    Attributes:
+        calls: the name and the launches of every op, in order.
+    """
+
+    def __init__(self, sms: int = SMS, schedule: int = 0, races: bool = True, largest: int = 2**60):
+        super().__init__()
+        self.library, self.schedule, self.races = kernels(), schedule, races
+        self.device = ctypes.c_int64(sms), ctypes.c_int64(largest)
+        self.calls: list[tuple[str, list[Launch]]] = []
+
+    def __enter__(self) -> Emulated:
+        layers.emulations += 1
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        layers.emulations -= 1
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace != "lora_ext":
+            return op(*args, **kwargs or {})
+        arguments = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | (kwargs or {})
+        library = self.library
+        library.reset(self.schedule)
+        if not self.races:
+            library.c.simt_allow_races()
+        library.c.simt_set_device(*self.device)
+        given = {
+            name: pytree.tree_map_only(Tensor, lambda tensor, name=name: library.upload(tensor, name), value)
+            for name, value in arguments.items()
+        }
+        results = op.redispatch(_DEVICE, **given)
+        library.check()
+        self.calls.append((op._opname, library.launches()))
+        for argument in op._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                changed = zip(*map(pytree.tree_leaves, (arguments[argument.name], given[argument.name])), strict=True)
+                for host, device in changed:
+                    host.copy_(library.download(device, argument.name))
+        return pytree.tree_map_only(Tensor, lambda tensor: library.download(tensor, f"a result of {op}"), results)
 
 
 def kernel_library(name: str, folder: Path = ROOT / "csrc/cuda", more: tuple[Path, ...] = ()) -> Library:
-    """Builds the kernels of a folder. more: sources that are not kernels."""
-    others = [
-        SIMT / "entry.cpp",
-        *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
-        params.layout_check(CACHE / "layout_check.cpp"),
-        *more,
-    ]
-    return Library(build_library(name, sorted(folder.rglob("*.cu")), others))
+    """Builds the kernels of a folder, and the bindings that call them. more: sources that are not kernels."""
+    others = [*sorted((ROOT / "csrc/cuda").glob("*.cpp")), *more]
+    return Library(build_library(name, sorted(folder.rglob("*.cu")), others, bindings=True))
 
 
 @functools.cache
 def kernels() -> Library:
     """Returns the kernels of csrc/cuda, built on first use."""
     return kernel_library("kernels")
-
-
-@functools.cache
-def few_blocks() -> Library:
-    """Returns the kernels, planning for a GPU of few SMs.
-
-    On a large GPU, a block has only one step at a test's sizes. With few blocks, loops and pipelines run several times.
-    """
-    library = Library(kernels().path)
-    library.sms = FEW_SMS
-    return library
 
 
 @functools.cache

@@ -1,198 +1,177 @@
-"""Tests the CUDA kernels of lora_grouped_, for mixed batches."""
+"""Tests the CUDA kernels of lora_grouped_, for mixed batches, through their bindings."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from support.groups import Grouped, random_groups
-from support.layers import assert_errors_as_plain, in_dtypes_of
-from support.op_table import OPS, joined, of_groups, results
+from support.op_table import OPS, assert_bits, grouped, results
 from torch import Tensor
 
 from lora_ext import _load, reference
-from simt import grouped_ops
-from simt.driver import few_blocks, kernels, planned
-from simt.ops import PAIRS
+from simt.driver import FEW_SMS, SMS, Emulated, planned
+from simt.test_simt_kernels import BF16, DEFAULT, F16, PAIRS, check, dtype_name, run
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
-BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SEED = 0x1234_5678
-
-
-OP = OPS["lora_grouped_"]
-
-
-def plain(case: Grouped, dropout_p: float) -> dict[str, Tensor]:
-    sample = of_groups(case).with_dropout(dropout_p, torch.tensor(SEED))
-    return joined(results(OP.plain, sample, OP.leaves(sample)))
-
-
-def ours(case: Grouped, dropout_p: float, **options) -> dict[str, Tensor]:
-    forward = grouped_ops.forward(case, dropout_p, SEED, **options)
-    if dropout_p:
-        keep = reference.dropout_keep(SEED, *case.x.flatten(0, -2).shape, dropout_p)
-        assert torch.equal(reference.unpack_mask(forward.mask, case.x.shape[-1]), keep)
-    backward = grouped_ops.backward(case, forward.xa, forward.mask, dropout_p, **options)
-    factors = {f"grad of lora_As[{i}]": grad for i, grad in enumerate(backward.grad_As)}
-    factors |= {f"grad of lora_Bs[{i}]": grad for i, grad in enumerate(backward.grad_Bs)}
-    return joined({"result 0": forward.y, "grad of x": backward.grad_x, **factors})
-
-
-def check(case: Grouped, dropout_p: float = 0.0, **options) -> None:
-    found = ours(case, dropout_p, **options)
-    case = case.as_cuda_reads()
-    expected = in_dtypes_of(plain(case, dropout_p), found)
-    compared = found, plain(case.to(F64), dropout_p), expected
-    assert_errors_as_plain([compared], case.x.dtype, case.lora_As[0].dtype)
-
-
-def all_of(group: int, num_tokens: int) -> Tensor:
-    return torch.full((num_tokens,), group)
+OP = "lora_grouped_"
+BF16S, F16S = (BF16, BF16), (F16, F16)
+each_sms = pytest.mark.parametrize("sms", [SMS, FEW_SMS])
 
 
 CASES = {
-    "one row": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(0, 1)),
-    "one row of none": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(-1, 1)),
-    "few rows": lambda dtypes: random_groups(13, (600, 300), [4, (3, 8), 17], dtypes, ranks=True),
-    "a prompt each": lambda dtypes: random_groups(
-        0, (64, 48), [3, 5], dtypes, leading=(3, 30), groups=torch.tensor([1, -1, 0])
-    ),
-    "matrices": lambda dtypes: random_groups(90, (63, 130), [1, 8, 17, 3], dtypes),
-    "stacks and matrices": lambda dtypes: random_groups(
-        80, (40, 24), [(3, 8), 5, (0, 2), (2, 16), 1], dtypes, ranks=True
-    ),
-    "no inputs": lambda dtypes: random_groups(9, (0, 20), [4, 3], dtypes),
-    "no outputs": lambda dtypes: random_groups(80, (24, 0), [4, 3], dtypes),
-    "a large rank": lambda dtypes: random_groups(70, (72, 57), [70, 2], dtypes),
+    "one row": dict(tokens=1, entries=[4], groups=torch.tensor([0])),
+    "one row of none": dict(tokens=1, entries=[4], groups=torch.tensor([-1])),
+    "few rows": dict(tokens=13, features=(600, 300), entries=[4, (3, 8), 17], ranks=True),
+    "a prompt each": dict(leading=(3, 30), features=(64, 48), entries=[3, 5], groups=torch.tensor([1, -1, 0])),
+    "matrices": dict(tokens=90, features=(63, 130), entries=[1, 8, 17, 3]),
+    "stacks and matrices": dict(tokens=80, features=(40, 24), entries=[(3, 8), 5, (0, 2), (2, 16), 1], ranks=True),
+    "no inputs": dict(tokens=9, features=(0, 20), entries=[4, 3]),
+    "no outputs": dict(tokens=80, features=(24, 0), entries=[4, 3]),
+    "a large rank": dict(tokens=70, features=(72, 57), entries=[70, 2]),
 }
 
 
-@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, dtypes):
-    check(CASES[name](dtypes))
+    check(OP, partial(grouped, **CASES[name]), dtypes)
 
 
-@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
 @pytest.mark.parametrize("name", ["few rows", "a prompt each", "matrices"])
 def test_dropout(name, dtypes):
-    check(CASES[name](dtypes), 0.3)
+    check(OP, partial(grouped, **CASES[name]), dtypes, 0.3)
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, F64), (F16, BF16)], ids=str)
+@pytest.mark.parametrize("dtypes", [(BF16, torch.float64), (F16, BF16)], ids=str)
 @pytest.mark.parametrize("name", ["few rows", "matrices"])
 def test_factors_of_other_dtypes(name, dtypes):
-    check(CASES[name](dtypes))
+    check(OP, partial(grouped, **CASES[name]), dtypes)
+
+
+@pytest.mark.parametrize("dtypes", [F16S, BF16S], ids=str)
+def test_sizes_of_zero(dtypes):
+    for make in OPS[OP].empty.values():
+        for dropout_p in (0.0, 0.3):
+            check(OP, make, dtypes, dropout_p)
 
 
 @pytest.mark.parametrize("num_tokens", [13, 90])
 def test_the_smallest_dropout(num_tokens):
     """Drops two of 117,000 elements of x, which are large: y is as if they were zero."""
     p, seed = 2.0**-16, 5
-    case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
-    dropped = ~reference.dropout_keep(seed, *case.x.shape, p)
+    sample = grouped(BF16S, tokens=num_tokens, features=(117_000 // num_tokens, 20), entries=[4, 3])
+    x = sample.call["x"]
+    dropped = ~reference.dropout_keep(seed, *x.shape, p)
     assert dropped.sum() == 2
-    case.x[dropped] = 1000.0
-    forward = grouped_ops.forward(case, p, seed)
-    case.x[dropped] = 0.0
-    torch.testing.assert_close(forward.y, grouped_ops.forward(case).y)
+    x[dropped] = 1000.0
+    found = run(OP, sample.with_dropout(p, torch.tensor(seed)), ())
+    x[dropped] = 0.0
+    torch.testing.assert_close(found, run(OP, sample, ()))
 
 
-@pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("dtypes", [F16S, BF16S], ids=str)
 def test_chunks_of_a_large_group(dtypes):
     """Groups 0 and 2 have two chunks of rows, group 1 has one."""
     groups = torch.tensor([0] * 520 + [1] * 20 + [2] * 520)[torch.randperm(1060)]
-    check(random_groups(1060, (24, 20), [5, 3, 2], dtypes, groups=groups))
+    check(OP, partial(grouped, tokens=1060, entries=[5, 3, 2], groups=groups), dtypes)
 
 
 def test_more_entries_than_a_launch_carries():
-    check(random_groups(100, (24, 20), [2] * 40 + [(3, 4)] + [1] * 30, ranks=True, dtypes=(BF16, BF16)))
-    check(random_groups(9, (24, 20), [2] * 70, dtypes=(BF16, BF16)))
+    check(
+        OP, partial(grouped, tokens=100, features=(200, 200), entries=[2] * 40 + [(3, 4)] + [1] * 30, ranks=True), BF16S
+    )
+    check(OP, partial(grouped, tokens=9, entries=[2] * 70), BF16S)
 
 
-@pytest.mark.parametrize("dtypes", [(F16, F32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F16, torch.float32), BF16S], ids=str)
 @pytest.mark.parametrize("num_tokens", [9, 80])
 def test_ranges_of_features_and_several_steps(num_tokens, dtypes):
-    check(random_groups(num_tokens, (840, 600), [8, (2, 20)], dtypes), library=few_blocks())
+    check(OP, partial(grouped, tokens=num_tokens, features=(840, 600), entries=[8, (2, 20)]), dtypes, sms=FEW_SMS)
 
 
 @pytest.mark.parametrize("num_tokens", [9, 100])
-@pytest.mark.parametrize("dtypes", [(BF16, F32), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("dtypes", [DEFAULT, BF16S], ids=str)
 def test_views_with_any_strides(num_tokens, dtypes):
     """Rows of x and grad_y with gaps, not aligned to 16 bytes; slots and rows of the factors with gaps."""
-    case = random_groups(num_tokens, (72, 48), [(2, 8)], dtypes)
-    wide_x, wide_y = (torch.randn(num_tokens, 90).to(dtypes[0]) for _ in range(2))
-    case.x, case.grad_y = wide_x[:, 1:73], wide_y[:, 3:51]
-    case.lora_As = [torch.randn(2, 8, 80).to(dtypes[1])[:, :, :72]]
-    case.lora_Bs = [torch.randn(2, 48, 12).to(dtypes[1])[:, :, :8]]
-    check(case)
+
+    def make(dtypes):
+        sample = grouped(dtypes, tokens=num_tokens, features=(72, 48), entries=[(2, 8)])
+        wide_x, wide_y = (torch.randn(num_tokens, 90).to(dtypes[0]) for _ in range(2))
+        sample.call["x"], sample.grads = wide_x[:, 1:73], [wide_y[:, 3:51]]
+        sample.call["lora_As"] = [torch.randn(2, 8, 80).to(dtypes[1])[:, :, :72]]
+        sample.call["lora_Bs"] = [torch.randn(2, 48, 12).to(dtypes[1])[:, :, :8]]
+        return sample
+
+    check(OP, make, dtypes)
+
+
+def assert_nan_only_in(rows: Tensor, found: dict[str, Tensor]) -> None:
+    for name in ("result 0", "grad of x"):
+        assert torch.equal(found[name].isnan().all(-1), rows) and torch.equal(found[name].isnan().any(-1), rows)
+    assert not any(value.isnan().any() for name, value in found.items() if "lora_" in name)
 
 
 @pytest.mark.parametrize("num_tokens", [30, 150])
 def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
-    case = random_groups(num_tokens, (72, 48), [4, (2, 8)], ranks=True, dtypes=(BF16, BF16))
-    expected = ours(case, 0.0)
-    spoiled = {0: 3, 5: -2, 7: 1 << 40}
-    for row, group in spoiled.items():
-        case.group_of_row[row] = group
-    found = ours(case, 0.0)
-    rows = torch.tensor(list(spoiled))
-    others = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, rows, False)
-    for name in ("result 0", "grad of x"):
-        assert found[name][rows].isnan().all() and torch.equal(found[name][others], expected[name][others])
-    assert not found["grad of lora_As"].isnan().any() and not found["grad of lora_Bs"].isnan().any()
+    sample = grouped(BF16S, tokens=num_tokens, features=(72, 48), entries=[4, (2, 8)], ranks=True)
+    expected = run(OP, sample)
+    bad = torch.zeros(num_tokens, dtype=torch.bool)
+    for row, group in {0: 3, 5: -2, 7: 1 << 40}.items():
+        sample.call["group_of_row"][row], bad[row] = group, True
+    found = run(OP, sample)
+    assert_nan_only_in(bad, found)
+    assert all(torch.equal(found[name][~bad], expected[name][~bad]) for name in ("result 0", "grad of x"))
 
 
 @pytest.mark.parametrize("rank", [-1, 9, 1 << 40])
 @pytest.mark.parametrize("num_tokens", [30, 150])
 def test_ranks_that_do_not_exist_give_nan_to_their_rows_only(num_tokens, rank):
-    case = random_groups(num_tokens, (72, 48), [4, (2, 8)], dtypes=(BF16, BF16))
-    case.ranks = torch.tensor([4, rank, 8])
-    found = ours(case, 0.0)
-    bad = case.group_of_row == 1
-    for name in ("result 0", "grad of x"):
-        assert torch.equal(found[name].isnan().all(-1), bad) and torch.equal(found[name].isnan().any(-1), bad)
-    assert not found["grad of lora_As"].isnan().any() and not found["grad of lora_Bs"].isnan().any()
+    sample = grouped(BF16S, tokens=num_tokens, features=(72, 48), entries=[4, (2, 8)])
+    sample.call["ranks"] = torch.tensor([4, rank, 8])
+    assert_nan_only_in(sample.call["group_of_row"] == 1, run(OP, sample))
 
 
-@pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("dtypes", [F16S, BF16S], ids=str)
 def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
-    case = random_groups(90, (72, 48), [(2, 8)], dtypes, groups=torch.arange(90) % 2)
-    case.ranks = torch.tensor([3, 8])
-    case.x[0, 0] = case.grad_y[2, 1] = torch.inf
-    forward = grouped_ops.forward(case, 0.0, SEED)
-    found = grouped_ops.backward(case, forward.xa, forward.mask, 0.0)
-    grad_A, grad_B = found.grad_As[0][0], found.grad_Bs[0][0]
+    sample = grouped(dtypes, tokens=90, features=(72, 48), entries=[(2, 8)], groups=torch.arange(90) % 2)
+    sample.call["ranks"] = torch.tensor([3, 8])
+    sample.call["x"][0, 0] = sample.grads[0][2, 1] = torch.inf
+    found = run(OP, sample)
+    grad_A, grad_B = found["grad of lora_As[0]"][0], found["grad of lora_Bs[0]"][0]
     assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
-    assert not forward.xa[case.group_of_row == 0, 3:].any() and forward.xa[0, :3].isinf().all()
+    with Emulated():
+        xa, _ = torch.ops.lora_ext.lora_grouped_(**sample.call)
+    assert not xa[::2, 3:].any() and xa[0, :3].isinf().all()
 
 
 @pytest.mark.pairs
-@pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
-@pytest.mark.parametrize("library", [kernels, few_blocks])
+@pytest.mark.parametrize("dtypes", [F16S, BF16S], ids=str)
+@each_sms
 @pytest.mark.parametrize("num_tokens", [20, 530])
-def test_same_bits_in_every_order_of_threads(num_tokens, library, dtypes):
-    case = random_groups(num_tokens, (140, 70), [8, (2, 3)], dtypes, groups=(torch.arange(num_tokens) > 514) * 2)
-    first = ours(case, 0.1, library=library())
+def test_same_bits_in_every_order_of_threads(num_tokens, sms, dtypes):
+    groups = (torch.arange(num_tokens) > 514) * 2
+    sample = grouped(dtypes, tokens=num_tokens, features=(140, 70), entries=[8, (2, 3)], groups=groups)
+    sample = sample.with_dropout(0.1)
+    first = run(OP, sample, sms=sms)
     for schedule in (1, 2):
-        again = ours(case, 0.1, library=library(), schedule=schedule)
-        assert all(torch.equal(first[name], value) for name, value in again.items())
+        assert_bits(run(OP, sample, sms=sms, schedule=schedule), first)
 
 
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "xB", "one A"])
-def test_only_what_is_wanted(wanted):
-    case = random_groups(90, (40, 24), [4, 3, (2, 5)], dtypes=(BF16, BF16))
-    forward = grouped_ops.forward(case)
-    all_of_them = grouped_ops.backward(case, forward.xa)
-    As = range(1, 2) if wanted == "one A" else range(3 if "A" in wanted else 0)
-    Bs = range(3 if "B" in wanted else 0)
-    found = grouped_ops.backward(case, forward.xa, want_x="x" in wanted, wanted_As=As, wanted_Bs=Bs)
-    assert found.grad_x is None or torch.equal(found.grad_x, all_of_them.grad_x)
-    for i, grad in zip(As, found.grad_As, strict=True):
-        assert torch.equal(grad, all_of_them.grad_As[i])
-    for i, grad in zip(Bs, found.grad_Bs, strict=True):
-        assert torch.equal(grad, all_of_them.grad_Bs[i])
+@pytest.mark.parametrize("names", [("x",), ("lora_As",), ("lora_Bs",), ("x", "lora_Bs")], ids=" ".join)
+def test_only_what_is_wanted(names):
+    sample = grouped(BF16S, tokens=90, features=(40, 24), entries=[4, 3, (2, 5)])
+    every, found = run(OP, sample), run(OP, sample, names)
+    assert_bits(found, {name: every[name] for name in found})
+
+
+def test_gradients_of_some_entries():
+    sample = grouped(BF16S, tokens=90, features=(40, 24), entries=[4, 3, (2, 5)])
+    with Emulated():
+        every, one = (results(OPS[OP].run, sample, leaves) for leaves in (OPS[OP].leaves(sample), [("lora_As", 1)]))
+    assert_bits(one, {name: every[name] for name in one})
 
 
 @pytest.mark.parametrize(
@@ -214,34 +193,35 @@ def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
     blocks = {slots: _load.plan_grouped(128, 24, 20, slots, 4).launches[-1].blocks for slots in (3, 1000)}
     assert blocks == {3: 2 + 3 + 2, 1000: 2 + 128}
     groups = torch.tensor([7, 150, 299, -1])[torch.arange(70) % 4]
-    check(random_groups(70, (24, 20), [(300, 4)], groups=groups, dtypes=(BF16, BF16)))
+    check(OP, partial(grouped, tokens=70, entries=[(300, 4)], groups=groups), BF16S)
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_groups"), [(128, 1000), (8192, 64), (65, 0), (100, 1), (3000, 2500), (1025, 3)]
 )
-def test_the_index_is_a_stable_sort(num_tokens, num_groups):
-    group_of_row = torch.randint(-1, num_groups, (num_tokens,))
-    group_of_row[::50] = num_groups + 7  # does not exist
-    numbers = torch.where(group_of_row == -1, num_groups, group_of_row.clamp_max(num_groups + 1))
-    expected = numbers.sort(stable=True).indices
-    begins = torch.cat([torch.zeros(1), numbers.bincount(minlength=num_groups + 2).cumsum(0)])
+def test_the_index_finds_the_rows_of_every_group(num_tokens, num_groups):
+    """Rows of one group, of none and of one that does not exist lie anywhere; each slot's only row is its number."""
+    groups = torch.randint(-1, num_groups, (num_tokens,))
+    groups[::50] = num_groups + 7
     assert _load.plan_grouped(num_tokens, 4096, 4096, num_groups, 16).launches[0].blocks == 1
+    sample = grouped(BF16S, tokens=num_tokens, features=(8, 8), entries=[(num_groups, 1)], groups=groups)
+    number = torch.arange(num_groups)
+    for name, part in (("lora_As", number % 64), ("lora_Bs", number // 64)):
+        sample.call[name][0].copy_(part.view(-1, 1, 1).expand_as(sample.call[name][0]))
+    sample.call["x"].fill_(0).select(1, 0).fill_(1)
+    sample.call["y"].zero_()
+    sample.call["scalings"].fill_(1)
     for schedule in (0, 1):
-        order, begin = grouped_ops.index(group_of_row, num_groups, schedule)
-        assert torch.equal(order.long(), expected) and torch.equal(begin.long(), begins.long())
+        found = run(OP, sample, (), schedule=schedule)
+        known = groups.clamp(-1, num_groups)
+        expected = torch.cat([(number % 64) * (number // 64), torch.tensor([torch.nan, 0.0])])[known]
+        torch.testing.assert_close(found["result 0"][:, 0], expected.to(BF16), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("library", [kernels, few_blocks])
+@each_sms
 @pytest.mark.parametrize("num_tokens", [20, 90, 1100])
-def test_the_kernels_are_launched_as_planned(num_tokens, library):
-    case, library = random_groups(num_tokens, (140, 70), [(3, 20)], dtypes=(BF16, F32)), library()
-
-    plans = [
-        _load.plan_grouped(num_tokens, 140, 70, 3, 20, backward=backward, dropout=True, sms=library.sms)
-        for backward in (False, True)
-    ]
-    forward = grouped_ops.forward(case, 0.1, SEED, library=library)
-    assert library.launches() == planned(plans[0])
-    grouped_ops.backward(case, forward.xa, forward.mask, 0.1, library=library)
-    assert library.launches() == planned(plans[1])
+def test_the_kernels_are_launched_as_planned(num_tokens, sms):
+    gpu = check(OP, partial(grouped, tokens=num_tokens, features=(140, 70), entries=[(3, 20)]), DEFAULT, 0.1, sms=sms)
+    for (_, launches), backward in zip(gpu.calls, (False, True), strict=True):
+        plan = _load.plan_grouped(num_tokens, 140, 70, 3, 20, backward=backward, dropout=True, sms=sms)
+        assert launches == planned(plan)

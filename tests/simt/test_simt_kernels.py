@@ -1,141 +1,98 @@
-"""Tests the CUDA kernels on the CPU through their launch functions: errors at most as large as plain PyTorch's, every
-output written, no report of tests/simt, and the same bits in every order of threads.
+"""Tests the CUDA kernels of layers on the CPU, through their bindings: errors at most as large as plain PyTorch's,
+every output written, no report of tests/simt, and the same bits in every order of threads.
 
-The kernels do not compute the base product: weights are zero here, or the outputs hold values to add to.
+Layers of base outputs read what they add to; for those of weights, the binding adds the base product afterwards, except
+for few tokens, whose kernel reads the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
-from support.layers import (
-    Siblings,
-    assert_errors_as_plain,
-    in_dtypes_of,
-    misaligned,
-    random_siblings,
-    with_rounded_factors,
-)
-from support.op_table import OPS, of_siblings, results
+from support import op_table
+from support.layers import DTYPES, misaligned
+from support.op_table import OPS, SEED, Dtypes, Sample, assert_as_good_as_plain, good_call, results, with_entry
 from torch import Tensor
 
-from lora_ext import reference
-from simt import ops
-from simt.driver import Library, few_blocks, kernels
+from simt.driver import FEW_SMS, SMS, Emulated
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
-SIBLINGS = [1, 3]
-SEED = 0x1234_5678_9ABC_DEF0 >> 1
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-MAIN_DTYPES = [(BF16, BF16), (F16, F16)]
-OP = OPS["lora_linear_siblings"]
+PAIRS = [pair for pair in DTYPES if pair[0].itemsize == 2]  # of x and of the factors
+MAIN, DEFAULT = [(BF16, BF16), (F16, F16)], (BF16, F32)
+OF_WEIGHTS, OF_BASES = "lora_linear_siblings", "lora_delta_siblings"
+with_pairs = pytest.mark.pairs
+each_count = pytest.mark.parametrize("count", [1, 3])
+each_form = pytest.mark.parametrize("name", [OF_WEIGHTS, OF_BASES])
 
 
 def dtype_name(value) -> str | None:
     return f"{value[0]}-{value[1]}".replace("torch.", "") if isinstance(value, tuple) else None
 
 
-def wanted_names(output_mask: tuple[bool, bool, bool]) -> str:
-    return "".join(name for name, want in zip("xAB", output_mask, strict=True) if want)
+main_dtypes = pytest.mark.parametrize("dtypes", MAIN, ids=dtype_name)
+all_dtypes = pytest.mark.parametrize("dtypes", [*MAIN, DEFAULT], ids=dtype_name)
 
 
-def siblings_of(count: int, shape, dtypes) -> Siblings:
-    """Returns siblings: one of shape (num_tokens, in_features, out_features, rank), a smaller one, a larger one."""
+def check(name: str, make: Callable[[Dtypes], Sample], dtypes: Dtypes, dropout_p=0.0, names=None, **gpu) -> Emulated:
+    """Compares an op of the table, and its backward, with plain PyTorch. Returns what ran it."""
+    with Emulated(**gpu) as emulated:
+        assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p, names=names)
+    return emulated
+
+
+def run(name: str, sample: Sample, names=None, **gpu) -> dict[str, Tensor]:
+    with Emulated(**gpu):
+        leaves = OPS[name].leaves(sample)
+        return results(OPS[name].run, sample, [leaf for leaf in leaves if names is None or leaf[0] in names])
+
+
+def layers(count: int, shape, name: str = OF_BASES) -> Callable[[Dtypes], Sample]:
+    """Returns a maker of layers: one of (num_tokens, in_features, out_features, rank), a smaller and a larger one."""
     num_tokens, in_features, out_features, rank = shape
     sizes = [(out_features, rank), (out_features // 2 + 1, rank // 2 + 1), (out_features + 9, rank + 3)]
-    siblings = random_siblings(((num_tokens, in_features), sizes[:count]), dtypes)
-    for layer in siblings.layers:
-        layer.weight.zero_()
-    return siblings
+    make = op_table.siblings if name == OF_WEIGHTS else op_table.delta_siblings
+    return partial(make, size=((num_tokens, in_features), sizes[:count]))
 
 
-def named(
-    ys: list[Tensor], grad_x: Tensor | None = None, grad_As: Sequence[Tensor] = (), grad_Bs: Sequence[Tensor] = ()
-) -> dict[str, Tensor]:
-    lists = ("result {}", ys), ("grad of lora_As[{}]", grad_As), ("grad of lora_Bs[{}]", grad_Bs)
-    found = {name.format(i): tensor for name, tensors in lists for i, tensor in enumerate(tensors)}
-    return found | ({} if grad_x is None else {"grad of x": grad_x})
+def changed(make: Callable[[Dtypes], Sample], change: Callable[[Tensor], Tensor], names: tuple[str, ...] = ("x",)):
+    """Returns a maker of samples with other strides of the arguments and of the results' gradients."""
+
+    def made(dtypes: Dtypes) -> Sample:
+        sample = make(dtypes)
+        call = sample.call | {n: change(sample.call[n]) for n in names if sample.call.get(n) is not None}
+        return Sample(call, [change(grad) for grad in sample.grads])
+
+    return made
 
 
-def run_kernels(
-    siblings: Siblings,
-    dropout_p: float = 0.0,
-    schedule: int = 0,
-    output_mask: tuple[bool, bool, bool] = (True, True, True),
-    add_to: tuple[list[Tensor], Tensor] | None = None,
-    library: Library | None = None,
-) -> dict[str, Tensor]:
-    """Runs forward and backward. add_to: the initial contents of y and grad_x."""
-    ys, grad_x = add_to or (None, None)
-    forward = ops.lora_forward(siblings, dropout_p, SEED, ys, schedule, library)
-    if dropout_p:
-        keep = reference.dropout_keep(SEED, *siblings.x.shape, dropout_p)
-        assert torch.equal(reference.unpack_mask(forward.mask, siblings.x.shape[1]), keep)
-    saved = forward.xa, forward.mask, dropout_p
-    backward = ops.lora_backward(siblings, *saved, output_mask, grad_x, schedule, library)
-    return named(forward.ys, backward.grad_x, backward.grad_As, backward.grad_Bs)
+# --- values and gradients ---------------------------------------------------------------------------------------------
 
 
-def run_halves(siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Does the same by the launches of lora_shrink and lora_expand, and of their backwards."""
-    ys, grad_x = add_to
-    shrunk = ops.lora_forward(siblings, dropout_p, SEED, parts=["shrink"])
-    expanded = ops.lora_forward(siblings, dropout_p, SEED, ys, parts=["expand"], xa=shrunk.xa)
-    saved = shrunk.xa, shrunk.mask, dropout_p
-    back = ops.lora_backward(siblings, *saved, parts=["expand"])
-    rest = ops.lora_backward(siblings, *saved, grad_x=grad_x, parts=["shrink"], grad_xa=back.grad_xa)
-    return named(expanded.ys, rest.grad_x, rest.grad_As, back.grad_Bs)
-
-
-def plain(siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None) -> dict[str, Tensor]:
-    sample = of_siblings(siblings).with_dropout(dropout_p, torch.tensor(SEED))
-    found = results(OP.plain, sample, OP.leaves(sample))
-    added = named(*add_to) if add_to else {}
-    return found | {name: found[name] + base.to(found[name].dtype) for name, base in added.items()}
-
-
-def assert_as_good_as_torch(
-    siblings: Siblings, dropout_p: float = 0.0, run=run_kernels, **options
-) -> dict[str, Tensor]:
-    ours = run(siblings, dropout_p, **options)
-    compare(ours, siblings, dropout_p, options.get("add_to"))
-    return ours
-
-
-def compare(ours: dict[str, Tensor], siblings: Siblings, dropout_p: float = 0.0, add_to=None) -> None:
-    read, dtype = with_rounded_factors(siblings), siblings.x.dtype
-    exact = plain(read.to(torch.float64), dropout_p, add_to)
-    expected = in_dtypes_of(plain(read, dropout_p, add_to), ours)
-    assert_errors_as_plain([(ours, exact, expected)], dtype, dtype)
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("count", SIBLINGS)
+@with_pairs
+@each_count
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100, 129])
-@pytest.mark.parametrize("dtypes", ops.PAIRS, ids=dtype_name)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
 def test_dtypes_and_ranks(dtypes, rank, count):
     """Odd ranks with dropout, even ones without."""
-    assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
+    check(OF_BASES, layers(count, (21, 72, 40, rank)), dtypes, 0.3 * (rank % 2))
 
 
-@pytest.mark.parametrize(("rank", "dtypes"), [(1, (BF16, F32)), (35, (F16, F16))], ids=str)
+@pytest.mark.parametrize(("rank", "dtypes"), [(1, DEFAULT), (35, (F16, F16))], ids=str)
 def test_as_many_layers_as_a_call_takes(rank, dtypes):
     """Layers whose ranks begin at an odd column of xa, and one that is larger: it has more partial sums of grad_xa."""
     sizes = [(24 + 600 * (i == 1), rank + i % 2) for i in range(8)]
-    siblings = random_siblings(((21, 520), sizes), dtypes)
-    for layer in siblings.layers:
-        layer.weight.zero_()
-    assert_as_good_as_torch(siblings, 0.1)
+    check(OF_BASES, partial(op_table.delta_siblings, size=((21, 520), sizes)), dtypes, 0.1)
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("count", SIBLINGS)
+@with_pairs
+@each_form
+@each_count
 @pytest.mark.parametrize(
     ("shape", "dropout_p"),
     [
@@ -149,9 +106,9 @@ def test_as_many_layers_as_a_call_takes(rank, dtypes):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_shapes_with_tails(dtypes, shape, dropout_p, count):
-    assert_as_good_as_torch(siblings_of(count, shape, dtypes), dropout_p)
+@main_dtypes
+def test_shapes_with_tails(dtypes, shape, dropout_p, count, name):
+    check(name, layers(count, shape, name), dtypes, dropout_p)
 
 
 @pytest.mark.parametrize(
@@ -163,23 +120,19 @@ def test_shapes_with_tails(dtypes, shape, dropout_p, count):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
+@all_dtypes
 def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
-    assert_as_good_as_torch(siblings_of(1, shape, dtypes), dropout_p)
+    check(OF_BASES, layers(1, shape), dtypes, dropout_p)
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@with_pairs
+@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("rank", [12, 40, 140])
-@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
-def test_pipelines_go_round(dtypes, rank, aligned):
+@all_dtypes
+def test_pipelines_go_round(dtypes, rank, is_aligned):
     """Every block has more steps than its pipeline has stages; the last step has a tail."""
-    siblings = siblings_of(1, (400, 840, 600, rank), dtypes)
-    if not aligned:
-        (layer,) = siblings.layers
-        layer = replace(layer, x=misaligned(layer.x), grad_y=misaligned(layer.grad_y))
-        siblings = Siblings(layer.x, [layer])
-    assert_as_good_as_torch(siblings, 0.1, library=few_blocks())
+    make = partial(op_table.delta, size=(400, 840, 600, rank))
+    check("lora_delta_", make if is_aligned else changed(make, misaligned), dtypes, 0.1, sms=FEW_SMS)
 
 
 @pytest.mark.parametrize("in_features", [840, 71], ids=["aligned", "misaligned"])
@@ -187,40 +140,26 @@ def test_pipelines_go_round(dtypes, rank, aligned):
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtype_name)
 def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_features):
     """The results are those of factors that were rounded before, halfway cases included, to the bit."""
-    siblings = siblings_of(2, (37, in_features, 136, rank), dtypes)
-    for layer in siblings.layers:
-        for factor in (layer.lora_A, layer.lora_B):
-            steps = torch.arange(factor.shape[1]) % 4 + 0.5
-            factor[0] = 1 + torch.finfo(dtypes[0]).eps * steps
-    found = run_kernels(siblings, 0.1, library=few_blocks())
-    for name, expected in run_kernels(with_rounded_factors(siblings), 0.1, library=few_blocks()).items():
+    sample = layers(2, (37, in_features, 136, rank))(dtypes).with_dropout(0.1)
+    for factor in sample.call["lora_As"] + sample.call["lora_Bs"]:
+        factor[0] = 1 + torch.finfo(dtypes[0]).eps * (torch.arange(factor.shape[1]) % 4 + 0.5)
+    found = run(OF_BASES, sample, sms=FEW_SMS)
+    with Emulated():
+        rounded = sample.as_read(dtypes[0])
+    for name, expected in run(OF_BASES, rounded, sms=FEW_SMS).items():
         if "lora_" in name and dtypes[1].itemsize == 2:
             continue  # the gradient is rounded to another dtype
         assert torch.equal(found[name].to(expected.dtype), expected), name
 
 
-ZEROS = {
-    "first layer": ((21, 72), ((0, 4), (40, 20), (33, 3))),
-    "middle layer": ((21, 72), ((40, 40), (0, 4), (33, 3))),
-    "last layer": ((21, 72), ((40, 20), (33, 3), (0, 40))),
-    "all layers": ((21, 72), ((0, 4), (0, 40))),
-    "no features come in": ((21, 0), ((0, 4), (40, 20))),
-    "no tokens": ((0, 72), ((40, 20), (33, 3))),
-}
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("output_mask", [m for m in product([True, False], repeat=3) if any(m)], ids=wanted_names)
-@pytest.mark.parametrize("shape", ZEROS)
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_sizes_of_zero(dtypes, shape, output_mask):
+@pytest.mark.parametrize("name", [name for name in OPS if "grouped" not in name])
+@main_dtypes
+def test_sizes_of_zero(dtypes, name):
     """Empty tensors have null addresses, as in torch; kernels decide nothing by them."""
-    siblings = random_siblings(ZEROS[shape], dtypes)
-    for layer in siblings.layers:
-        layer.weight.zero_()
-    for dropout_p in (0.0, 0.3):
-        found = assert_as_good_as_torch(siblings, dropout_p, output_mask=output_mask)
-        assert ("grad of lora_Bs[1]" in found) == output_mask[2]
+    for number, make in enumerate(OPS[name].empty.values()):
+        wanted = (None, *((name,) for name in OPS[name].trained))
+        for names in (wanted[0], wanted[number % len(wanted)]):
+            check(name, make, dtypes, 0.3 * (number % 2), names)
 
 
 @pytest.mark.parametrize(
@@ -235,52 +174,53 @@ def test_sizes_of_zero(dtypes, shape, output_mask):
     ],
     ids=["aligned", "offset", "misaligned", "odd stride", "every other row", "one row"],
 )
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+@main_dtypes
 def test_x_and_grad_y_of_any_strides(dtypes, view):
-    x, grad_y = view(torch.randn(80, 88).to(dtypes[0])), view(torch.randn(80, 88).to(dtypes[0]))
-    siblings = siblings_of(1, (x.shape[0], x.shape[1], grad_y.shape[1], 9), dtypes)
-    siblings = Siblings(x, [replace(layer, x=x, grad_y=grad_y) for layer in siblings.layers])
-    assert_as_good_as_torch(siblings, 0.3)
+    shape = tuple(view(torch.empty(80, 88)).shape)
+    make = partial(op_table.delta, size=(*shape, shape[1], 9))
+    check("lora_delta_", changed(make, lambda tensor: view(torch.randn(80, 88).to(tensor.dtype))), dtypes, 0.3)
 
 
-@pytest.mark.parametrize("count", SIBLINGS)
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_adds_to_what_is_there(dtypes, count):
-    siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
-    ys = [torch.randn_like(layer.grad_y) for layer in siblings.layers]
-    assert_as_good_as_torch(siblings, 0.3, add_to=(ys, torch.randn_like(siblings.x)))
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("count", SIBLINGS)
-@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
+@with_pairs
+@each_count
+@all_dtypes
 @pytest.mark.parametrize(
-    "output_mask",
-    [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (True, False, True)]
-    + [(False, True, True)],
-    ids=wanted_names,
+    "names",
+    [("x",), ("lora_As",), ("lora_Bs",), ("x", "lora_As"), ("x", "lora_Bs"), ("lora_As", "lora_Bs")],
+    ids=lambda names: " ".join(names).replace("lora_", ""),
 )
-def test_only_wanted_gradients(output_mask, dtypes, count):
+def test_only_wanted_gradients(names, dtypes, count):
     """Arguments that only unwanted gradients read are null."""
-    siblings = siblings_of(count, (37, 80, 50, 6), dtypes)
-    found = assert_as_good_as_torch(siblings, 0.3, output_mask=output_mask)
-    names = zip(("grad of x", "grad of lora_As[0]", "grad of lora_Bs[0]"), output_mask, strict=True)
-    assert all((name in found) == want for name, want in names)
+    check(OF_WEIGHTS, layers(count, (37, 80, 50, 6), OF_WEIGHTS), dtypes, 0.3, names)
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
+@with_pairs
+@pytest.mark.parametrize("sms", [SMS, FEW_SMS])
 @pytest.mark.parametrize(
-    ("shape", "count"), [((70, 264, 136, 20), max(SIBLINGS)), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str
+    ("shape", "count"), [((70, 264, 136, 20), 3), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str
 )
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
-    library = few_blocks() if blocks == "few blocks" else kernels()
-    siblings = siblings_of(count, shape, dtypes)
-    first = run_kernels(siblings, 0.1, library=library)
+@main_dtypes
+def test_same_bits_in_every_order_of_threads(dtypes, shape, count, sms):
+    sample = layers(count, shape)(dtypes).with_dropout(0.1)
+    first = run(OF_BASES, sample, sms=sms)
     for schedule in (1, 2):
-        for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
-            assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
+        op_table.assert_bits(run(OF_BASES, sample, sms=sms, schedule=schedule), first)
+
+
+@with_pairs
+@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 8), (7, 5, 3), (33, 130, 17), (70, 515, 8), (40, 257, 100), (20, 136, 40)], ids=str
+)
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
+def test_shrink_and_expand_alone(name, shape, dtypes, is_aligned):
+    """They add to tensors that they do not write."""
+    tokens, features, rank = shape
+    make = partial(getattr(op_table, name.removeprefix("lora_")), size=(tokens, features, features, rank))
+    if not is_aligned:
+        make = changed(make, misaligned if name == "lora_shrink" else offset, ("x", "base", "bias"))
+    check(name, make, dtypes)
 
 
 def offset(tensor: Tensor) -> Tensor:
@@ -288,116 +228,78 @@ def offset(tensor: Tensor) -> Tensor:
     return torch.cat([tensor.new_empty(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("dtypes", ops.PAIRS, ids=dtype_name)
-@pytest.mark.parametrize(
-    "shape", [(1, 64, 8), (7, 5, 3), (33, 130, 17), (70, 515, 8), (40, 257, 100), (20, 136, 40)], ids=str
-)
-def test_shrink_and_expand_alone(shape, dtypes, aligned):
-    """They add to tensors that they do not write."""
-    tokens, features, rank = shape
-    siblings = siblings_of(1, (tokens, features, features, rank), dtypes)
-    (layer,) = siblings.layers
-    base, grad_x = torch.randn_like(layer.x), torch.randn_like(layer.x)
-    if not aligned:
-        rows = dict(x=misaligned(layer.x), grad_y=misaligned(layer.grad_y), bias=offset(layer.bias))
-        layer, base = replace(layer, **rows), offset(base)
-    siblings = Siblings(layer.x, [layer])
-    assert_as_good_as_torch(siblings, 0.1, run=run_halves, add_to=([base], grad_x))
-
-
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_only_wanted_gradients_of_shrink_and_expand(dtypes):
-    """The others do not change, to the bit; those of an expand, which another kernel computes, up to rounding."""
-    siblings, xa, grad_xa = siblings_of(1, (33, 130, 130, 17), dtypes), torch.randn(33, 17), torch.randn(33, 17)
-    shrink = partial(ops.lora_backward, siblings, xa, parts=["shrink"], grad_xa=grad_xa)
-    expand = partial(ops.lora_backward, siblings, xa, parts=["expand"])
-    only_x, only_A, only_B = (True, False, False), (False, True, False), (False, False, True)
-    for base in (torch.randn_like(siblings.x), torch.zeros_like(siblings.x)):
-        both = shrink(grad_x=base)
-        assert torch.equal(shrink(output_mask=only_x, grad_x=base).grad_x, both.grad_x)
-        assert torch.equal(shrink(output_mask=only_A).grad_As[0], both.grad_As[0])
-    assert torch.equal(shrink(output_mask=only_x).grad_x, both.grad_x)  # without a base, as with one of zeros
-    both = expand()
-    torch.testing.assert_close(expand(output_mask=only_x).grad_xa, both.grad_xa)
-    torch.testing.assert_close(expand(output_mask=only_B).grad_Bs, both.grad_Bs)
-
-
 @pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
 def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, rank):
-    siblings = siblings_of(3, (num_tokens, 600, 40, rank), (BF16, BF16))
-    expected = run_kernels(siblings)
-    for factor in (siblings.layers[1].lora_A, siblings.layers[1].lora_B):
-        factor.fill_(torch.inf)
-    found = run_kernels(siblings)
+    sample = layers(3, (num_tokens, 600, 40, rank))((BF16, BF16))
+    expected = run(OF_BASES, sample)
+    for name in ("lora_As", "lora_Bs"):
+        sample = replace(
+            sample, call=with_entry(sample.call, name, 1, torch.full_like(sample.call[name][1], torch.inf))
+        )
+    found = run(OF_BASES, sample)
     others = {name for name in found if "1" not in name and name != "grad of x"}
-    assert len(others) == 6 and all(torch.equal(found[name], expected[name]) for name in others)
+    assert len(others) == 8 and all(torch.equal(found[name], expected[name]) for name in others)
     assert not found["result 1"].isfinite().any()
 
 
 @pytest.mark.parametrize("schedule", [0, 1])
 @pytest.mark.parametrize(("num_tokens", "in_features"), [(0, 8), (1, 1), (37, 200), (3, 1000)])
 def test_dropout_mask(num_tokens, in_features, schedule):
-    mask = ops.dropout_mask(SEED, num_tokens, in_features, 0.25, schedule)
-    keep = reference.dropout_keep(SEED, num_tokens, in_features, 0.25)
-    assert torch.equal(reference.unpack_mask(mask, in_features), keep)
+    arguments = SEED, num_tokens, in_features, 0.25
+    with Emulated(schedule=schedule):
+        mask = torch.ops.lora_ext.lora_dropout_mask(*arguments)
+    assert torch.equal(mask, torch.ops.lora_ext.lora_dropout_mask(*arguments))
 
 
 # --- few tokens: base layers and adapters in one read of the weights --------------------------------------------------
 
 
-def run_few_tokens(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
-    forward = ops.lora_forward(siblings, dropout_p, SEED, streams=True, **options)
-    alone = ops.lora_forward(siblings, dropout_p, SEED, **options)
-    torch.testing.assert_close(forward.xa, alone.xa)  # what the backward reads
-    assert (forward.mask is None) == (alone.mask is None)
-    return named(forward.ys)
+def last_launch(gpu: Emulated, number: int = 0):
+    return gpu.calls[number][1][-1]
 
 
-@pytest.mark.pairs
+@with_pairs
 @pytest.mark.parametrize("sizes", [[(40, 8)], [(33, 5), (16, 64), (130, 1)]], ids=["one", "three"])
 @pytest.mark.parametrize(
     ("tokens", "in_features", "dropout_p"),
     [(1, 64, 0.0), (3, 72, 0.3), (8, 520, 0.0), (9, 8, 0.0), (16, 840, 0.3), (17, 136, 0.0), (32, 64, 0.0)],
 )
-@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
+@all_dtypes
 def test_few_tokens(dtypes, tokens, in_features, dropout_p, sizes):
-    siblings = random_siblings(((tokens, in_features), sizes), dtypes)
-    ours = run_few_tokens(siblings, dropout_p)
-    compare(ours, siblings, dropout_p)
+    make = partial(op_table.siblings, size=((tokens, in_features), sizes))
+    gpu = check(OF_WEIGHTS, make, dtypes, dropout_p)
+    assert last_launch(gpu).kernel == "few_tokens"
     if dtypes[0] != dtypes[1]:
-        rounded_before = run_few_tokens(with_rounded_factors(siblings), dropout_p)
-        assert all(torch.equal(ours[name], y) for name, y in rounded_before.items())
+        with gpu:
+            sample = make(dtypes)
+            rounded = sample.as_read(dtypes[0])
+        op_table.assert_bits(run(OF_WEIGHTS, sample, ()), run(OF_WEIGHTS, rounded, ()))
 
 
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+@main_dtypes
 @pytest.mark.parametrize("sizes", [[(96, 8)], [(30, 5), (50, 64)]], ids=["one", "two"])
 @pytest.mark.parametrize("tokens", [3, 9, 20])
 def test_larger_blocks_that_save_a_wave(tokens, sizes, dtypes):
-    siblings = random_siblings(((tokens, 600), sizes), dtypes)
-    ops.lora_forward(siblings, library=few_blocks(), streams=True)
+    gpu = check(OF_WEIGHTS, partial(op_table.siblings, size=((tokens, 600), sizes)), dtypes, sms=FEW_SMS)
     rows = 32 if tokens <= 8 else 48
-    assert few_blocks().launches()[-1].blocks == sum(-(-out_features // rows) for out_features, _ in sizes)
-    compare(run_few_tokens(siblings, library=few_blocks()), siblings)
+    assert last_launch(gpu).blocks == sum(-(-out_features // rows) for out_features, _ in sizes)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_weights_and_x_with_gaps_between_rows(tokens):
-    (layer,) = random_siblings(((tokens, 72), [(40, 8)]), (BF16, BF16)).layers
-    wide, wide_x = torch.randn(40, 88).to(BF16), torch.randn(tokens, 80).to(BF16)
-    layer = replace(layer, weight=wide[:, 8:80], x=wide_x[:, :72])
-    siblings = Siblings(layer.x, [layer])
-    compare(run_few_tokens(siblings), siblings)
+    def with_gaps(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :8], tensor, tensor[:, :8]], dim=1)[:, 8:-8]
+
+    make = changed(partial(op_table.linear, size=(tokens, 72, 40, 8)), with_gaps, ("x", "weight"))
+    assert last_launch(check("lora_linear", make, (BF16, BF16))).kernel == "few_tokens"
 
 
-@pytest.mark.parametrize("library", [kernels, few_blocks])
-def test_same_bits_of_few_tokens_in_every_order_of_threads(library):
-    siblings = random_siblings(((5, 600), [(40, 8), (70, 3)]), (BF16, BF16))
-    first = run_few_tokens(siblings, 0.1, library=library())
+@pytest.mark.parametrize("sms", [SMS, FEW_SMS])
+def test_same_bits_of_few_tokens_in_every_order_of_threads(sms):
+    sample = op_table.siblings((BF16, BF16), size=((5, 600), [(40, 8), (70, 3)])).with_dropout(0.1)
+    first = run(OF_WEIGHTS, sample, (), sms=sms)
     for schedule in (1, 2):
-        again = run_few_tokens(siblings, 0.1, library=library(), schedule=schedule)
-        assert all(torch.equal(first[name], y) for name, y in again.items())
+        op_table.assert_bits(run(OF_WEIGHTS, sample, (), sms=sms, schedule=schedule), first)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +307,33 @@ def test_same_bits_of_few_tokens_in_every_order_of_threads(library):
     [("tokens", (33, 64, 40, 8)), ("columns", (4, 60, 40, 8)), ("rank", (4, 64, 40, 65)), ("rows", (4, 64, 0, 8))],
 )
 def test_other_shapes_go_to_the_library(what, shape):
-    tokens, in_features, *size = shape
-    with pytest.raises(AssertionError, match="does not take this"):
-        run_few_tokens(random_siblings(((tokens, in_features), [size]), (BF16, BF16)))
+    gpu = check("lora_linear", partial(op_table.linear, size=shape), (BF16, BF16))
+    assert all(launch.kernel != "few_tokens" for _, launches in gpu.calls for launch in launches)
+
+
+# --- bindings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "op", [op for op in op_table.HAVE_KERNELS if "merge" not in op and op != "lora_grouped_linear"]
+)
+def test_every_op_does_what_it_does_on_the_cpu(op, dtype):
+    """Wide dtypes take plain PyTorch, others a launch. Also a changed argument is the same."""
+    call, found = good_call(op, **({} if "mask" in op else {"dtypes": (dtype, dtype)})), []
+    for device in (gpu := Emulated(), torch.no_grad()):
+        given = {name: value.clone() if name == "y" else value for name, value in call.items()}
+        with device:
+            found.append((op_table.op_named(op)(**given), given.get("y")))
+    assert bool(gpu.calls[-1][1]) == (dtype.itemsize == 2 or "mask" in op)
+    torch.testing.assert_close(*found, rtol=0, atol=200 * torch.finfo(dtype).eps if dtype.itemsize > 2 else 0.05)
+
+
+def test_wrong_arguments_are_named():
+    call = good_call("lora_linear", dtypes=(BF16, BF16))
+    for wrong, message in [
+        ({"lora_A": call["lora_A"][:, :23]}, r"lora_A has in_features=23 but weight has 24"),
+        ({"x": call["x"].float()}, "weight has dtype bfloat16 but x has float32"),
+    ]:
+        with Emulated(), pytest.raises(RuntimeError, match=message):
+            torch.ops.lora_ext.lora_linear(**call | wrong)

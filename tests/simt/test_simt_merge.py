@@ -1,4 +1,5 @@
-"""Tests the merge kernels on the CPU: the bits of the CPU op, which are defined, in every order of threads."""
+"""Tests the merge kernels on the CPU through their bindings: the bits of the CPU op, which are defined, in every order
+of threads."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ from support.merging import FLOATING, bits, hard_weight, same_bits, update_facto
 from torch import Tensor
 
 from lora_ext.merging.weights import pack_factors
-from simt import merge_ops
-from simt.driver import Library, few_blocks, kernels
+from simt.driver import FEW_SMS, SMS, Emulated
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
+ops = torch.ops.lora_ext
 RANKS = [1, 3, 8, 16, 17, 64, 100]
 MAX_LAYERS_OF_A_LAUNCH = 31
+FIRST_ROW = 3  # of layer i of a stochastic merge, times i
 SIZES = [1e-30, 1e-6, 0.1, 1.0, 1e3]  # of the update, for a weight of size 1
+Layers = list[tuple[Tensor, ...]]
 
 
 def dtype_id(value) -> str:
@@ -30,50 +33,48 @@ def random_layer(rows: int, cols: int, rank: int, dtype: torch.dtype, size: floa
     return weight, *pack_factors(dtype, [update_factors(weight, rank, size)])
 
 
-def whole_cycle(
-    layers: list[tuple[Tensor, ...]],
-    schedule: int = 0,
-    library: Library | None = None,
-    seeds: list[int] | None = None,
-) -> list[Tensor]:
-    """Plans, merges with a record and without one, and unmerges. Every step equals the CPU op to the bit; the last step
+def lists_of(layers: Layers) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Returns the weights, which are copies with the same strides and misalignment, lora_As and lora_Bs."""
+    weights, As, Bs = map(list, zip(*layers, strict=True))
+    return list(map(in_place_of, weights)), As, Bs
+
+
+def in_place_of(view: Tensor) -> Tensor:
+    storage = view.new_empty(view.untyped_storage().nbytes() // view.element_size())
+    return storage.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(view)
+
+
+def assert_bits_of(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) and all(map(same_bits, found, expected))
+
+
+def whole_cycle(layers: Layers, seeds: list[int] | None = None, **gpu) -> list[Tensor]:
+    """Checks, merges with a record and without one, and unmerges. Every step equals the CPU op to the bit; unmerging
     restores the first bits.
 
     Returns the merged weights.
     """
-    weights, As, Bs = map(list, zip(*layers, strict=True))
-    options = {"schedule": schedule, "library": library, "seeds": seeds}
-    draws = ([], []) if seeds is None else (seeds, [merge_ops.FIRST_ROW * i for i in range(len(layers))])
-    non_finite, words = merge_ops.plan(weights, As, Bs, **options)
-    on_cpu = [weight.clone() for weight in weights]
-    cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs, *draws)
-    assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
-    assert torch.equal(words, torch.cat([layer_words.flatten() for layer_words in cpu_words]))
-    lengths = [record.numel() for record in cpu_corrections]
-    ends = words.cumsum(0)
-    results, corrections = merge_ops.merge_record(weights, As, Bs, ends=ends, corrections=lengths, **options)
-    assert all(map(same_bits, results, on_cpu))
-    assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
-    assert all(map(torch.equal, corrections, cpu_corrections))
-
-    # The weights with their strides in memory.
-    places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
-    for place, result in zip(places, results, strict=True):
-        place.copy_(result)
-    assert all(
-        map(same_bits, merge_ops.unmerge(places, As, Bs, ends=ends, corrections=corrections, **options), weights)
-    )
-
-    candidates = merge_ops.unmerge(places, As, Bs, **options)
-    torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [], *draws)
-    assert all(map(same_bits, candidates, on_cpu))
-    return results
-
-
-def in_place_of(view: Tensor) -> Tensor:
-    """Returns a new view with the same strides and misalignment."""
-    storage = view.new_empty(view.untyped_storage().nbytes() // view.element_size())
-    return storage.as_strided(view.shape, view.stride(), view.storage_offset())
+    draws = ([], []) if seeds is None else (seeds, [FIRST_ROW * i for i in range(len(layers))])
+    (on_cpu, As, Bs), (weights, _, _), (before, _, _) = (lists_of(layers) for _ in range(3))
+    expected = ops.lora_merge_record_(on_cpu, As, Bs, *draws)
+    with Emulated(**gpu):
+        non_finite = ops.lora_merge_check(weights, As, Bs, *draws)
+        assert torch.equal(non_finite, expected[0]) and not non_finite.any()
+        assert_bits_of(weights, before)
+        found = ops.lora_merge_record_(weights, As, Bs, *draws)
+        assert_bits_of(weights, on_cpu)
+        assert torch.equal(found[0], expected[0]) and all(
+            map(torch.equal, found[1] + found[2], expected[1] + expected[2])
+        )
+        merged = list(map(torch.clone, weights))
+        ops.lora_unmerge_(weights, As, Bs, *found[1:], *draws)
+        assert_bits_of(weights, before)
+        ops.lora_merge_(weights, As, Bs, *draws)
+        assert_bits_of(weights, on_cpu)
+        ops.lora_unmerge_(weights, As, Bs, [], [], *draws)  # without a record: candidates
+    ops.lora_unmerge_(on_cpu, As, Bs, [], [], *draws)
+    assert_bits_of(weights, on_cpu)
+    return merged
 
 
 # --- the CPU op -------------------------------------------------------------------------------------------------------
@@ -160,7 +161,8 @@ def test_has_the_bits_of_the_cpu_op(dtype, case):
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_the_kinds_of_records(dtype):
     """One kind per segment: none, corrections of one word, some of several words, these only, a whole segment."""
-    words = merge_ops.plan(*([tensor] for tensor in layer_of_records(dtype, 5)))[1].view(5, 5)
+    with Emulated():
+        _, (words,), _ = ops.lora_merge_record_(*lists_of([layer_of_records(dtype, 5)]))
     whole = 256 * dtype.itemsize // 2
     assert (words[:, 0] == 0).all()
     assert (words[:, 1:4] > 0).all() and (words[:, 1:4] < whole).all()
@@ -173,12 +175,12 @@ def test_the_kinds_of_records(dtype):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("schedule", [0, 1, 2])
-@pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
+@pytest.mark.parametrize("sms", [SMS, FEW_SMS])
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_same_bits_in_every_order_of_threads(dtype, blocks, schedule):
+def test_same_bits_in_every_order_of_threads(dtype, sms, schedule):
     """With few blocks, each computes several tiles: it keeps lora_A in shared memory, or reads it for every tile."""
     layers = [random_layer(130, 260, 5, dtype), random_layer(70, 30, 17, dtype)]
-    whole_cycle(layers, schedule, few_blocks() if blocks == "few blocks" else kernels())
+    whole_cycle(layers, sms=sms, schedule=schedule)
 
 
 # --- stochastic rounding ----------------------------------------------------------------------------------------------
@@ -192,8 +194,9 @@ def test_rounds_stochastically_as_the_cpu_op(dtype, size):
     layers = [random_layer(6, 300, 3, dtype, size), random_layer(70, 257, 17, dtype, size)]
     layers.append((wide[:, 1:272], *pack_factors(dtype, [update_factors(wide[:, 1:272], 2, size)])))
     for schedule in (0, 1):
-        results = whole_cycle(layers, schedule, seeds=[7, -(2**63), 2**40 + 1])
-    nearest = merge_ops.merge(*map(list, zip(*layers, strict=True)))
+        results = whole_cycle(layers, [7, -(2**63), 2**40 + 1], schedule=schedule)
+    nearest, As, Bs = lists_of(layers)
+    ops.lora_merge_(nearest, As, Bs)
     assert size < 1e-6 or not all(map(same_bits, nearest, results))
 
 
@@ -212,55 +215,56 @@ def test_non_finite_results_are_counted(dtype, schedule):
     limit = torch.finfo(dtype).max
     layers[3][0][5, 6], layers[3][1][:, 6], layers[3][2][5] = limit, limit / 8, 4.0  # overflows
     layers[1][0][:, 256] = torch.full((9,), -1, dtype=bits(layers[1][0]).dtype).view(dtype)  # another NaN
-    weights, As, Bs = map(list, zip(*layers, strict=True))
-    non_finite, words = merge_ops.plan(weights, As, Bs, schedule=schedule)
-    assert non_finite.tolist() == [3, 9, 300, 1, 0]
-    on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight.clone()], [A], [B]) for weight, A, B in layers]
-    assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
-    assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of the finite results
-    assert torch.equal(merge_ops.check(weights, As, Bs, schedule=schedule), non_finite)
+    before, (weights, As, Bs) = lists_of(layers)[0], lists_of(layers)
+    with Emulated(schedule=schedule):
+        counts = ops.lora_merge_check(weights, As, Bs)
+        non_finite, words, corrections = ops.lora_merge_record_(weights, As, Bs)
+    assert counts.tolist() == non_finite.tolist() == [3, 9, 300, 1, 0]
+    assert words == corrections == []
+    assert_bits_of(weights, before)
+
+
+def test_no_memory_for_the_record_leaves_the_weights():
+    layers = [random_layer(5, 300, 3, torch.float32, 1e5)]
+    before, (weights, As, Bs) = lists_of(layers)[0], lists_of(layers)
+    with (
+        Emulated(largest=1000),
+        pytest.raises(RuntimeError, match="lora_merge_record_: .*(out of memory|cannot alloc)"),
+    ):
+        ops.lora_merge_record_(weights, As, Bs)
+    assert_bits_of(weights, before)
 
 
 GARBAGE = {
-    "zeros": lambda ends: ends * 0,
-    "too far": lambda ends: ends * 7,
-    "too short": lambda ends: ends // 2,
-    "negative": lambda ends: -ends,
-    "falling": lambda ends: ends.flip(0),
-    "huge": lambda ends: torch.full_like(ends, 2**62),
-    "one off": lambda ends: ends + 1,
+    "zeros": lambda words: words * 0,
+    "too far": lambda words: words * 7,
+    "too short": lambda words: words // 2,
+    "negative": lambda words: -words,
+    "falling": lambda words: words.flip(0).flip(1),
+    "huge": lambda words: torch.full_like(words, 2**15 - 1),
+    "one off": lambda words: words + 1,
+    "one less": lambda words: words - 1,
 }
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, garbage):
-    """tests/simt sees every access: only the weights and the corrections may be written."""
+    """tests/simt sees every access: only the weights may be written. Lanes may race, as no merge made the record."""
     layers = [random_layer(5, 300, 2, dtype, 0.02), layer_of_records(dtype, 3), random_layer(3, 20, 2, dtype, 30.0)]
-    weights, As, Bs = map(list, zip(*layers, strict=True))
-    _, words = merge_ops.plan(weights, As, Bs)
-    lengths = [int(part.sum()) for part in words.split([merge_ops.num_segments(weight) for weight in weights])]
-    ends = GARBAGE[garbage](words.cumsum(0))
-    before = [random_words(length) for length in lengths]
-    results, after = merge_ops.merge_record(weights, As, Bs, ends=ends, corrections=before, garbage=True)
-    assert all(map(same_bits, results, merge_ops.merge(weights, As, Bs)))
-    if garbage in ("zeros", "negative", "huge"):
-        assert all(map(torch.equal, before, after))
-    for record in (before, after):
-        merge_ops.unmerge(results, As, Bs, ends=ends, corrections=record, garbage=True)
+    weights, As, Bs = lists_of(layers)
+    with Emulated(races=False):
+        _, words, corrections = ops.lora_merge_record_(weights, As, Bs)
+        words = list(map(GARBAGE[garbage], words))
+        for records in (corrections, [torch.randint_like(record, -(2**15), 2**15) for record in corrections]):
+            ops.lora_unmerge_(list(map(torch.clone, weights)), As, Bs, words, records)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_a_record_that_is_a_word_short(dtype):
-    """The last correction has no place, and is not written behind the others."""
-    weight, A, B = layer_of_records(dtype, 1)
-    layer = [weight[:, 256:512].contiguous()], [A[:, 256:512].contiguous()], [B]  # a few corrections of one unit
-    words = merge_ops.plan(*layer)[1].long()
-    assert 1 < words < 256
-    short = [random_words(int(words) - 1)]
-    results, _ = merge_ops.merge_record(*layer, ends=words - 1, corrections=short, garbage=True)
-    assert same_bits(results[0], merge_ops.merge(*layer)[0])
-
-
-def random_words(count: int) -> Tensor:
-    return torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16)
+    """The last correction is not there, and is not read."""
+    layers = [layer_of_records(dtype, 1)]
+    weights, As, Bs = lists_of(layers)
+    with Emulated(races=False):
+        _, words, (record,) = ops.lora_merge_record_(weights, As, Bs)
+        ops.lora_unmerge_(weights, As, Bs, words, [record[:-1].clone()])

@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from support.layers import random_siblings
+from support import op_table
 
 from lora_ext import _load
-from simt import ops
-from simt.driver import few_blocks, kernels, planned
+from simt.driver import FEW_SMS, SMS, planned
+from simt.test_simt_kernels import OF_BASES, check
 
 pytestmark = [pytest.mark.cpu_only("plans of the CUDA kernels, made on the CPU"), pytest.mark.full]
 
@@ -148,15 +148,14 @@ def test_impossible_plans_are_refused(arguments, message):
         plan_forward(*sizes, **options)
 
 
-@pytest.mark.parametrize("library", [kernels, few_blocks])
+@pytest.mark.parametrize("sms", [SMS, FEW_SMS])
 @pytest.mark.parametrize("layers", [[(40, 8)], [(136, 20), (70, 40)], [(72, 100)]], ids=["one", "two", "large"])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
-def test_the_kernels_are_launched_as_planned(dtypes, layers, library):
-    library, (tokens, in_features) = library(), (150, 840)
-    siblings = random_siblings(((tokens, in_features), layers), dtypes)
+def test_the_kernels_are_launched_as_planned(dtypes, layers, sms):
+    tokens, in_features = 150, 840
+    make = functools.partial(op_table.delta_siblings, size=((tokens, in_features), layers))
+    gpu = check(OF_BASES, make, dtypes, 0.1, sms=sms)
     dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    options = dict(dtype=dtype, factor_dtype=factor_dtype, sms=library.sms)
-    forward = ops.lora_forward(siblings, 0.1, library=library)
-    assert library.launches() == planned(plan_forward(tokens, in_features, layers, **options))
-    ops.lora_backward(siblings, forward.xa, forward.mask, 0.1, library=library)
-    assert library.launches() == planned(plan_backward(tokens, in_features, layers, **options))
+    for (_, launches), plan in zip(gpu.calls, (plan_forward, plan_backward), strict=True):
+        planned_for = plan(tokens, in_features, layers, dtype=dtype, factor_dtype=factor_dtype, sms=sms)
+        assert launches == planned(planned_for)

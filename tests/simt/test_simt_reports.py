@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
 
 from simt.build import SIMT
 from simt.driver import Library, Report, library_of
@@ -47,22 +48,24 @@ class ProductParams(ctypes.Structure):  # mirrors product.cu
     ]
 
 
-def run(kind: str, schedule: int) -> tuple[Library, ProductParams, torch.Tensor]:
-    """Runs the kernel with the bug or the wrong call of this kind. Returns the exact product, too."""
+def run(kind: str, schedule: int) -> tuple[Library, dict[str, Tensor], Tensor]:
+    """Runs the kernel with the bug or the wrong call of this kind. Returns its results and the exact product, too."""
     library = library_of("product", SOURCE)
     library.reset(schedule)
     x, w = torch.randn(ROWS, STRIDE).bfloat16()[:, :COLS], torch.randn(8, COLS).bfloat16()
-    pointers = library.upload(x, "x"), library.upload(w, "w"), library.allocate(ROWS * 8 * 4, "out")
-    positives = library.upload(torch.zeros(1, dtype=torch.int32), "positives")
+    tensors = {"x": library.upload(x, "x"), "w": library.upload(w, "w")}
+    tensors["out"] = library.allocate(torch.empty(ROWS, 8), "out")
+    tensors["positives"] = library.upload(torch.zeros(1, dtype=torch.int32), "positives")
+    pointers = [tensor.data_ptr() for tensor in tensors.values()]
     bug = BUGS.index(kind.replace("-", "_")) if kind not in WRONG_CALLS else 0
-    p = ProductParams(*pointers, positives, ROWS + (kind == "out-of-bounds-global"), COLS, STRIDE, bug)
+    p = ProductParams(*pointers, ROWS + (kind == "out-of-bounds-global"), COLS, STRIDE, bug)
     if kind == "wild-access":
         p.out = None
     address = ctypes.addressof(p)
     if kind == "host-access":
-        address = library.allocate(ctypes.sizeof(p), "parameters")
+        address = library.allocate(torch.empty(ctypes.sizeof(p) // 8, dtype=torch.int64), "parameters").data_ptr()
     library.c.run_product(ctypes.c_void_p(address), 100 << 10 if kind == "launch-limits" else 0)
-    return library, p, x.double() @ w.double().T
+    return library, tensors, x.double() @ w.double().T
 
 
 def first_report(kind: str, schedule: int) -> Report:
@@ -73,11 +76,11 @@ def first_report(kind: str, schedule: int) -> Report:
 
 @pytest.mark.parametrize("schedule", [0, 1, 2, 3])
 def test_the_kernel_is_right_without_a_bug(schedule):
-    library, p, exact = run("none", schedule)
+    library, tensors, exact = run("none", schedule)
     library.check()
-    product = library.download(p.out, (ROWS, 8), torch.float32, "out")
+    product = library.download(tensors["out"], "out")
     torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=1e-5)
-    assert library.download(p.positives, (1,), torch.int32, "positives") == (exact > 0).sum()
+    assert library.download(tensors["positives"], "positives") == (exact > 0).sum()
 
 
 @pytest.mark.parametrize("kind", [*PLANTED, *WRONG_CALLS])

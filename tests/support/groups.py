@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.layers import as_cuda_reads
 from torch import Tensor
 
 from lora_ext import functional
@@ -31,11 +30,6 @@ class Grouped:
         As, Bs = [A.to(dtype) for A in self.lora_As], [B.to(dtype) for B in self.lora_Bs]
         tensors = {name: getattr(self, name).to(dtype) for name in ("y", "x", "grad_y")}
         return replace(self, lora_As=As, lora_Bs=Bs, **tensors)
-
-    def as_cuda_reads(self) -> Grouped:
-        """Returns the case with factors as CUDA kernels read them."""
-        factors = {n: [as_cuda_reads(t, self.x.dtype) for t in getattr(self, n)] for n in ("lora_As", "lora_Bs")}
-        return replace(self, **factors)
 
     def choice(self) -> tuple:
         """Returns the arguments after the factors: which rows use which factors."""

@@ -86,25 +86,15 @@ def assert_errors_as_plain(
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
 
 
+emulations = 0
+"""How many emulated GPUs (simt/driver.py) the code runs in."""
+
+
 def rounds_factors(device: torch.device, x_dtype: torch.dtype) -> bool:
     """Returns whether kernels round wider factors to the dtype of x, as autocast does: where they multiply its bits."""
-    if device.type == "cuda":
+    if device.type == "cuda" or emulations:
         return x_dtype.itemsize == 2
     return x_dtype == torch.bfloat16 and _load.cpu_isa() in ("avx512_bf16", "amx")
-
-
-def as_cuda_reads(factor: Tensor, x_dtype: torch.dtype) -> Tensor:
-    """Returns a factor in the dtype of a 16-bit x: CUDA kernels round wider ones, as autocast does."""
-    return factor.to(x_dtype) if rounds_factors(torch.device("cuda"), x_dtype) else factor
-
-
-def with_rounded_factors(siblings: Siblings) -> Siblings:
-    """Returns siblings with factors as CUDA kernels read them."""
-    layers = [
-        replace(layer, **{name: as_cuda_reads(getattr(layer, name), layer.x.dtype) for name in ("lora_A", "lora_B")})
-        for layer in siblings.layers
-    ]
-    return replace(siblings, layers=layers)
 
 
 def in_dtypes_of(results: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

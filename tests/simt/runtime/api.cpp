@@ -1,6 +1,6 @@
 // The functions that Python calls.
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <utility>
 
@@ -26,14 +26,17 @@ EXPORT void* simt_allocate(uint64_t bytes, uint64_t alignment, uint64_t offset, 
   return simt::global_memory().allocate(bytes, alignment, offset, name);
 }
 
-EXPORT void simt_write(void* to, const void* from, uint64_t bytes) {
-  simt::global_memory().write(static_cast<uint8_t*>(to), from, bytes);
+// Copies the bytes that are elements of a tensor.
+EXPORT void simt_write(uint8_t* to, const uint8_t* from, const bool* is_element, uint64_t bytes) {
+  for (uint64_t begin = 0, end; begin < bytes; begin = end) {
+    end = std::find(is_element + begin, is_element + bytes, !is_element[begin]) - is_element;
+    if (is_element[begin]) simt::global_memory().write(to + begin, from + begin, end - begin);
+  }
 }
 
-EXPORT void simt_read(void* to, const void* from, uint64_t bytes) { memcpy(to, from, bytes); }
-
-EXPORT int64_t simt_first_uninitialised(const void* address, uint64_t bytes) {
-  return simt::global_memory().first_uninitialised(static_cast<const uint8_t*>(address), bytes);
+// Sets which bytes of a buffer were written; memory that is not the device's changes nothing.
+EXPORT void simt_written(bool* written, const uint8_t* from, uint64_t bytes) {
+  simt::global_memory().set_written(written, from, bytes);
 }
 
 // The fields of a report and of a launch, with tabs between them, for driver.py; null behind the last one.

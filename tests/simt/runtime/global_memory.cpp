@@ -52,12 +52,9 @@ void GlobalMemory::write(uint8_t* to, const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) cells[i].flags |= Cell::kInitialised;
 }
 
-int64_t GlobalMemory::first_uninitialised(const uint8_t* address, size_t bytes) const {
+void GlobalMemory::set_written(bool* written, const uint8_t* address, size_t bytes) const {
   const Cell* cells = cells_of(address, bytes);
-  for (size_t i = 0; i < bytes; ++i) {
-    if (!(cells[i].flags & Cell::kInitialised)) return static_cast<int64_t>(i);
-  }
-  return -1;
+  for (size_t i = 0; cells && i < bytes; ++i) written[i] = cells[i].flags & Cell::kInitialised;
 }
 
 const GlobalMemory::Buffer* GlobalMemory::buffer_before(const uint8_t* address) const {

@@ -21,8 +21,8 @@ class GlobalMemory {
   // Copies from the host. The bytes become initialised.
   void write(uint8_t* to, const void* from, size_t bytes);
 
-  // Returns the offset of the first byte of [address, address + bytes) that was never written, or -1.
-  int64_t first_uninitialised(const uint8_t* address, size_t bytes) const;
+  // Sets which bytes of [address, address + bytes) were written, unless they lie in no buffer.
+  void set_written(bool* written, const uint8_t* address, size_t bytes) const;
 
   bool contains(const uint8_t* address) const { return arena_ && address >= arena_ && address < arena_ + kArenaBytes; }
   // Returns the cells of an access; null if some bytes lie outside the buffer of the first byte.
