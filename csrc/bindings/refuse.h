@@ -30,27 +30,20 @@ inline std::ostream& operator<<(std::ostream& out, const ArgumentName& name) {
 // A number as Python writes it: with the fewest digits that give the same number. The standard's own, std::to_chars, is
 // younger than the oldest system that wheels run on (csrc/older_systems.cpp).
 inline std::string number_text(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  if (!std::isfinite(value)) return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
   const auto text_of = [&](std::ios_base& (*format)(std::ios_base&), int decimals) {
     std::ostringstream text;
     text << format << std::setprecision(decimals) << value;
     return std::move(text).str();
   };
   std::string text;
-  double read = 0.0;
-  for (int decimals = 0; decimals < 17 && (text.empty() || read != value); ++decimals) {
-    text = text_of(std::scientific, decimals);
-    if (!(std::istringstream(text) >> read)) read = 0.0;  // rounded up, the largest numbers are too large
-  }
-  const double size = std::fabs(value);
-  if (size != 0.0 && (size < 1e-4 || size >= 1e16)) return text;
-  const size_t exponent_at = text.find('e');
-  const size_t point_at = text.find('.');
-  const int decimals = point_at == std::string::npos ? 0 : static_cast<int>(exponent_at - point_at - 1);
-  int exponent = 0;
-  std::istringstream(text.substr(exponent_at + 1)) >> exponent;
-  return text_of(std::fixed, std::max(1, decimals - exponent));
+  int decimals = -1;
+  double read;
+  do {
+    text = text_of(std::scientific, ++decimals);
+  } while (decimals < 16 && !(std::istringstream(text) >> read && read == value));
+  const int exponent = std::stoi(text.substr(text.find('e') + 1));
+  return exponent < -4 || exponent >= 16 ? text : text_of(std::fixed, std::max(1, decimals - exponent));
 }
 
 constexpr int count_placeholders(const char* text) {
