@@ -142,13 +142,10 @@ struct Argument {
   const Tensor* at(size_t i) const { return entry ? entry(data, i) : nullptr; }
 };
 
-inline const Tensor* address_of(const Tensor& tensor) { return &tensor; }
-inline const Tensor* address_of(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
-
 template <class T>
 Argument as_argument(const T& argument) {
-  if constexpr (requires { address_of(argument); }) {
-    return {&argument, 1, false, [](const void* data, size_t) { return address_of(*static_cast<const T*>(data)); }};
+  if constexpr (requires { pointer_to(argument); }) {
+    return {&argument, 1, false, [](const void* data, size_t) { return pointer_to(*static_cast<const T*>(data)); }};
   } else {
     return {};
   }
@@ -156,9 +153,9 @@ Argument as_argument(const T& argument) {
 template <class T>
 Argument as_argument(const std::vector<T>& list) {
   Argument argument{&list, list.size(), true};
-  if constexpr (requires { address_of(list[0]); }) {
+  if constexpr (requires { pointer_to(list[0]); }) {
     argument.entry = [](const void* data, size_t i) {
-      return address_of((*static_cast<const std::vector<T>*>(data))[i]);
+      return pointer_to((*static_cast<const std::vector<T>*>(data))[i]);
     };
   }
   return argument;

@@ -115,7 +115,7 @@ Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::opt
                            const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
                            const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
   Tensor y = empty(sizes_with_last(x, weight.size(0)), dtype_of(x), x);
-  const GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
+  const GroupedForwardCall call(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
   const SortedRows sorted =
       sort_rows(call.groups, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, 0.0));
   std::optional<Tensor> bias_in_order;

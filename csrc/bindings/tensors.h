@@ -17,6 +17,9 @@ namespace lora_ext {
 
 using torch::stable::Tensor;
 
+inline const Tensor* pointer_to(const Tensor& tensor) { return &tensor; }
+inline const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
 // PyTorch's number of a dtype. Every dtype has one, also those missing in torch::headeronly::ScalarType.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
