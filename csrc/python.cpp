@@ -31,16 +31,8 @@ std::vector<std::string> dtypes() {
 }
 
 std::string cpu_isa() {
-  cpu::Isa isa;
-  return cpu::select_isa(&isa) ? cpu::isa_name(isa) : "";
-}
-
-std::vector<std::string> available_cpu_isas() {
-  std::vector<std::string> names;
-  for (const cpu::Isa isa : cpu::kBestFirst) {
-    if (cpu::runs_here(isa)) names.emplace_back(cpu::isa_name(isa));
-  }
-  return names;
+  const auto isa = cpu::selected_isa();
+  return isa ? cpu::isa_name(*isa) : "";
 }
 
 DType dtype_named(const std::string& name) {
@@ -51,14 +43,12 @@ DType dtype_named(const std::string& name) {
 }
 
 int64_t few_tokens(const std::string& dtype) {
-  cpu::Isa isa;
-  cpu::select_isa(&isa);
-  return cpu::few_tokens(isa, dtype_named(dtype));
+  return cpu::few_tokens(cpu::selected_isa().value_or(cpu::Isa::kGeneric), dtype_named(dtype));
 }
 
 std::string base_product() {
-  bool is_own;
-  return !cpu::select_base_product(&is_own) ? "" : is_own ? "own" : "library";
+  const auto is_own = cpu::has_own_base_product();
+  return !is_own ? "" : *is_own ? "own" : "library";
 }
 
 std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
@@ -266,7 +256,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How the binary was built. Values are empty where they do not apply.");
   m.def("dtypes", &dtypes, "The names of the dtypes that the ops take.");
   m.def("cpu_isa", &cpu_isa, "The instruction set whose CPU kernels run here; \"\" if LORA_EXT_CPU_ISA names none.");
-  m.def("available_cpu_isas", &available_cpu_isas, "The instruction sets that this machine can run, best first.");
+  m.def("available_cpu_isas", &cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("few_tokens", &few_tokens, "dtype"_a,
         "The most tokens of a dtype that the CPU kernel which reads a frozen weight once multiplies.");
   m.def(

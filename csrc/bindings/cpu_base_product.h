@@ -87,12 +87,10 @@ inline bool has_zero_adapter(const LoraExpandParams& p) {
 template <class Params>
 bool has_own_product(const Kernels& kernels, const Params& p, const BaseWeights& weights) {
   constexpr int64_t kFewestTokens = kMostFewTokens + 1;  // below, packing the weight takes too long
-  bool is_own;
-  if (!select_base_product(&is_own)) {
-    fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
-  }
+  const std::optional<bool> is_own = has_own_base_product();
+  if (!is_own) fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
   const auto& expand = p.expand;
-  bool fits = is_own && expand.num_tokens >= kFewestTokens && p.shrink.in_features > 0 &&
+  bool fits = *is_own && expand.num_tokens >= kFewestTokens && p.shrink.in_features > 0 &&
               kernels.gemm_tile(expand.dtype).rows > 0;
   for (int i = 0; i < expand.num_siblings; ++i) {
     fits = fits && expand.siblings[i].out_features > 0 && (weights.strides[i] == 1 || weights.column_strides[i] == 1);
