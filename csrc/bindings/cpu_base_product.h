@@ -106,16 +106,15 @@ inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p,
   for (int i = 0; i < expand.num_siblings; ++i) {
     run.add_product(expand.siblings[i].out_features, expand.siblings[i].rank);
   }
-  void* scratch;
   ScratchParts parts;
-  parts.add(&scratch, {run.scratch_bytes()});
+  run.add_scratch(parts);
   const int64_t num_chunks = count_chunks(shrink.num_tokens);
   const Workspace workspace = make_workspace(p, num_chunks, parts);
   pack_factors(kernels.pack_forward, p, workspace);
   const auto pack = [&](const GemmRows* x, int64_t first) {
     run_chunks(kernels.forward, p, workspace, {.first = first, .count = x->num_rows, .packed = x}, num_chunks);
   };
-  run.for_parts(scratch, pack, [&](int64_t row, int64_t count) {
+  run.for_parts(pack, [&](int64_t row, int64_t count) {
     for (int i = 0; i < expand.num_siblings; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
       ManyTokensGemm gemm{.num_rows = count,
@@ -141,9 +140,9 @@ inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, cons
     run.add_rows(s.grad_y, s.grad_y_stride, s.out_features);
   }
   run.add_product(p.shrink.in_features, p.shrink.total_rank);
-  void *scratch, *grad_xa;
+  void* grad_xa;
   ScratchParts parts;
-  parts.add(&scratch, {run.scratch_bytes()});
+  run.add_scratch(parts);
   parts.add(&grad_xa, {run.most_rows(), p.shrink.total_rank, int64_t{sizeof(float)}});
   const int64_t num_chunks = count_chunks(p.expand.num_tokens);
   const Workspace workspace = make_workspace(p, num_chunks, parts);
@@ -152,7 +151,7 @@ inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, cons
     run_chunks(kernels.backward, p, workspace, {first, grad_ys[0].num_rows, grad_ys, grad_xa}, num_chunks);
   };
   const int64_t mask_stride = mask_row_bytes(p.shrink.in_features);
-  run.for_parts(scratch, pack, [&](int64_t row, int64_t count) {
+  run.for_parts(pack, [&](int64_t row, int64_t count) {
     ManyTokensGemm gemm{
         .num_rows = count,
         .columns = p.shrink.in_features,
