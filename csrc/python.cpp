@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../build/facts.h"  // written by setup.py
-#include "common/few_tokens.h"
 #include "cpu/isa.h"
 #include "cuda/mma/tile_sizes.h"
 #include "cuda/plan.h"
@@ -262,8 +261,6 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "base_product", &base_product,
       "Who computes base products of many tokens, \"own\" or \"library\"; \"\" if LORA_EXT_BASE_PRODUCT says neither.");
-  m.def("streams_weight", &streams_weight, "num_tokens"_a, "in_features"_a, "rank"_a,
-        "Whether the CUDA kernel for few tokens takes a layer of 16-bit weights.");
   m.def("refusals", &all_refusals, "name -> (exception, text), of csrc/refusals.h; {} stands for a part.");
 
   py::class_<Launch>(m, "Launch", "One launch of a plan.")

@@ -91,13 +91,6 @@ uint32_t shrink_and_sum_shared_bytes(int64_t ranks) {
   return ranks == kSmallRankTile ? ShrinkAndSumTiles<kSmallRankTile>::kSharedBytes : FusedTiles::kSharedBytes;
 }
 
-template <int kTokenTiles>
-uint32_t few_tokens_shared_bytes(int row_tiles) {
-  return row_tiles == 1   ? FewTokensTiles<kTokenTiles, 1>::kSharedBytes
-         : row_tiles == 2 ? FewTokensTiles<kTokenTiles, 2>::kSharedBytes
-                          : FewTokensTiles<kTokenTiles, 3>::kSharedBytes;
-}
-
 // The output of an expand: one sibling's y, or grad_x, to which all siblings are one of the sum of their ranks.
 struct ExpandOutputShape {
   int64_t cols, rank;
@@ -266,13 +259,14 @@ class Planner {
     if (call_.weights == nullptr) return false;
     const LoraShrinkParams& shrink = *call_.shrink;
     const auto aligned = [](const void* pointer, int64_t stride) {
+    if (shrink.num_tokens == 0 || shrink.num_tokens > kFewTokens) return false;
+    if (shrink.in_features == 0 || shrink.in_features % kFewTokensStep != 0) return false;
       return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
     };
     if (!aligned(shrink.x, shrink.x_stride)) return false;
     for (int s = 0; s < shrink.num_siblings; ++s) {
       const LoraExpandSibling& sibling = call_.expand->siblings[s];
-      const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
-                         sibling.out_features > 0 && sibling.base == nullptr;
+      const bool suits = sibling.rank <= kFewTokensRank && sibling.out_features > 0 && sibling.base == nullptr;
       const BaseWeights& weights = *call_.weights;
       if (!suits || weights.column_strides[s] != 1 || !aligned(weights.data[s], weights.strides[s])) return false;
     }
@@ -306,16 +300,13 @@ class Planner {
     const LoraExpandParams& p = *call_.expand;
     const int token_tiles = p.num_tokens <= 8 ? 1 : p.num_tokens <= 16 ? 2 : 4;
     const int64_t blocks = divide_rows(token_tiles);
-    const auto shared_bytes = token_tiles == 1   ? &few_tokens_shared_bytes<1>
-                              : token_tiles == 2 ? &few_tokens_shared_bytes<2>
-                                                 : &few_tokens_shared_bytes<4>;
     plan_.y.adds_partials = pending_;
     pending_ = false;
     plan_.add({.kernel = Kernel::kFewTokens,
                .result = Result::kY,
                .variant = token_tiles,
                .grid_x = blocks,
-               .shared_bytes = shared_bytes(plan_.row_tiles)});
+               .shared_bytes = few_tokens_shared_bytes(8 * token_tiles, 16 * plan_.row_tiles)});
   }
 
   // --- the backward ---
