@@ -29,7 +29,7 @@ int64_t steps_per_piece(int64_t count, int64_t pieces) {
 }
 
 PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
-  using Tiles = ShrinkTiles<static_cast<int>(kRankTile)>;  // tokens and features are the same in all
+  using Tiles = ShrinkTiles<kRankTile>;  // tokens and features are the same in all
   const int64_t chunks = ceil_div(num_tokens, Tiles::kTokens);
   const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, rank_tile(rank)), 1);
   // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
@@ -43,7 +43,7 @@ PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, co
 }
 
 PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
-  using Tiles = TokenSumTiles<static_cast<int>(kRankTile)>;
+  using Tiles = TokenSumTiles<kRankTile>;
   const int64_t ranges = ceil_div(features, Tiles::kFeatures);
   const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, rank_tile(rank)), 1);
   // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
@@ -53,7 +53,7 @@ PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank,
   return {ranges, Tiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * Tiles::kTokens};
 }
 
-using FusedTiles = ShrinkAndSumTiles<static_cast<int>(kMaxFusedRank)>;
+using FusedTiles = ShrinkAndSumTiles<kMaxFusedRank>;
 
 // Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
 // equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
@@ -142,11 +142,12 @@ class Planner {
   }
 
   void add_shrink(Result result, const PassSplit& split, int64_t rank, bool draws, int sibling) {
-    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
+    const int ranks = rank_tile(rank);
+    const int64_t tiles = ceil_div(rank, ranks);
     const auto add_tiles = [&](int64_t first, int64_t count) {
       plan_.add({.kernel = Kernel::kShrink,
                  .result = result,
-                 .variant = static_cast<int>(ranks),
+                 .variant = ranks,
                  .grid_x = count * split.ranges * split.chunks,
                  .shared_bytes = shared_bytes_of_tiles<LayerShrinkTiles>(ranks),
                  .sibling = sibling,
@@ -236,7 +237,7 @@ class Planner {
     }
     plan_.add({.kernel = Kernel::kExpandShort,
                .result = result,
-               .variant = rank <= 16 ? 1 : static_cast<int>(kShortRank / 16),
+               .variant = rank <= 16 ? 1 : kShortRank / 16,
                .grid_x = row_tiles,
                .grid_y = col_tiles,
                .shared_bytes = shared_bytes_of(split.factor_tile_elements * 2)});
@@ -258,9 +259,9 @@ class Planner {
   bool streams_weights() const {
     if (call_.weights == nullptr) return false;
     const LoraShrinkParams& shrink = *call_.shrink;
-    const auto aligned = [](const void* pointer, int64_t stride) {
     if (shrink.num_tokens == 0 || shrink.num_tokens > kFewTokens) return false;
     if (shrink.in_features == 0 || shrink.in_features % kFewTokensStep != 0) return false;
+    const auto aligned = [](const void* pointer, int64_t stride) {
       return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
     };
     if (!aligned(shrink.x, shrink.x_stride)) return false;
@@ -336,10 +337,11 @@ class Planner {
   }
 
   void add_token_sum(Result result, const PassSplit& split, int64_t rank, bool has_mask, int sibling) {
-    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
+    const int ranks = rank_tile(rank);
+    const int64_t tiles = ceil_div(rank, ranks);
     plan_.add({.kernel = Kernel::kTokenSum,
                .result = result,
-               .variant = static_cast<int>(ranks),
+               .variant = ranks,
                .grid_x = tiles * split.ranges * split.chunks,
                .shared_bytes = token_sum_shared_bytes(ranks, has_mask),
                .sibling = sibling,
@@ -374,10 +376,10 @@ class Planner {
       if (p.wants_grad_xa) add_shrink(Result::kGradXa, pass.ranks, sibling.rank, false, s);
       if (p.wants_grad_lora_B) add_token_sum(Result::kGradLoraB, pass.features, sibling.rank, false, s);
     }
-    const int64_t variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
+    const int variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
     plan_.add({.kernel = Kernel::kShrinkAndSum,
                .result = Result::kGradXa,
-               .variant = static_cast<int>(variant),
+               .variant = variant,
                .grid_x = blocks,
                .shared_bytes = shrink_and_sum_shared_bytes(variant)});
     if (!call_.shrink_backward) add_partials(p, Result::kGradXa);

@@ -13,15 +13,15 @@ constexpr int kChunk = 8;  // elements of 16 bytes, the unit of ldmatrix
 
 // Ranks of one read of x or grad_y, by shrink or token_sum: 16 are enough for most ranks in use, and leave room for
 // more tiles of x; of 128, one block fits on an SM, by its registers.
-constexpr int64_t kSmallRankTile = 16, kRankTile = 64, kLargeRankTile = 128;
+constexpr int kSmallRankTile = 16, kRankTile = 64, kLargeRankTile = 128;
 
-constexpr int64_t rank_tile(int64_t rank) {
+constexpr int rank_tile(int64_t rank) {
   return rank <= kSmallRankTile ? kSmallRankTile : rank <= kRankTile ? kRankTile : kLargeRankTile;
 }
 constexpr int blocks_per_sm(int64_t ranks) { return ranks > kRankTile ? 1 : 2; }
 
-constexpr int64_t kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
-constexpr int64_t kShortRank = 64;     // of expand_short
+constexpr int kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
+constexpr int kShortRank = 64;     // of expand_short
 
 // --- padding of factors: it reads as zero ---
 
