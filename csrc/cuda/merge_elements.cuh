@@ -12,11 +12,6 @@ namespace lora_ext::cuda {
 __device__ __forceinline__ float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_rn(double a, double b, double c) { return fma(a, b, c); }
 
-template <class T>
-__device__ __forceinline__ Word<T> word_of(T element) {
-  return bits_of(element);
-}
-
 // --- how a merge rounds its sums ---
 
 struct Nearest {
@@ -168,7 +163,7 @@ struct LaneElements {
         for (int i = 0; i < 4; ++i) units[4 * group + i] = 0;
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          if (col + i < cols) set(group * kVec + i, word_of<T>(row[col + i]));
+          if (col + i < cols) set(group * kVec + i, bits_of(row[col + i]));
         }
       }
     }
