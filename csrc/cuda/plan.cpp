@@ -110,7 +110,6 @@ class Planner {
     if (call_.expand_backward) plan_grad_y();
     if (call_.shrink_backward) plan_shrink_backward();
     if (call_.expand_backward || call_.shrink_backward) plan_gradients();
-    plan_.scratch.bytes = carver_.total_bytes();
     return std::move(plan_);
   }
 
@@ -128,7 +127,7 @@ class Planner {
       partial = partial || ranges_of(s) != 1;
       most = std::max(most, ranges_of(s));
     }
-    if (partial) plan_.scratch.rank_partials = carver_.take(most * p.num_tokens * p.total_rank * kFloat);
+    if (partial) plan_.scratch.rank_partials = plan_.scratch.take(most * p.num_tokens * p.total_rank * kFloat);
     pending_ = partial;
   }
 
@@ -350,7 +349,7 @@ class Planner {
 
   // The sums of a gradient's chunks. Partial sums over tokens are written in pairs.
   int64_t take_partials(const PassSplit& split, int64_t rank, int64_t features) {
-    return carver_.take(split.chunks * rank * partial_pitch(features) * kFloat);
+    return plan_.scratch.take(split.chunks * rank * partial_pitch(features) * kFloat);
   }
 
   // One read of grad_y makes both sums, in one launch for all siblings, unless there are many ranks.
@@ -358,7 +357,7 @@ class Planner {
     const LoraExpandBackwardParams& p = *call_.expand_backward;
     if (p.wants_grad_xa) plan_partials(p, [&](int s) { return plan_.grad_y[s].ranks.ranges; });
     if (p.wants_grad_xa && call_.shrink_backward) {
-      plan_.scratch.grad_xa = carver_.take(p.num_tokens * p.total_rank * kFloat);
+      plan_.scratch.grad_xa = plan_.scratch.take(p.num_tokens * p.total_rank * kFloat);
     }
     int64_t blocks = 0, ranks = 0;
     for (int s = 0; s < p.num_siblings; ++s) {
@@ -423,7 +422,6 @@ class Planner {
   const LoraCall& call_;
   const Gpu& gpu_;
   Plan plan_;
-  WorkspaceCarver carver_;
   bool pending_ = false;  // the partial sums of xa or grad_xa are still to be added
 };
 

@@ -158,6 +158,13 @@ struct Scratch {
   int64_t bytes = 0;
 
   Scratch() { partial_B.fill(kNone); }
+  // Returns the offset of the next part.
+  int64_t take(int64_t part_bytes) {
+    constexpr int64_t kAlignment = 256;  // that of the caching allocator's blocks
+    const int64_t offset = bytes;
+    bytes += ceil_div(part_bytes, kAlignment) * kAlignment;
+    return offset;
+  }
 };
 
 struct Plan {
