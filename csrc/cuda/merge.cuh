@@ -160,8 +160,9 @@ __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunc
   LaneElements<T> result;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    result.set(i, kMode == MergeMode::kUnmerge ? candidate_of<T>(original.word(i), update[i], rounding, i)
-                                               : rounding.template round<T>(sum_of<T>(original.word(i), update[i]), i));
+    result.set(i, kMode == MergeMode::kUnmerge
+                      ? candidate_of<T>(original.word(i), update[i], rounding, i)
+                      : rounding.template round<T, false>(sum_of<T>(original.word(i), update[i]), i));
   }
   if constexpr (kMode == MergeMode::kPlan) {
     int counts = count_lane(original, result, update, rounding, cols, lane);
