@@ -41,9 +41,8 @@ struct GroupedCpu {
     const DType acc = accumulation_dtype(p.dtype);
     const SortedRows sorted = sort_rows(call.groups, choice);
     zero_unwritten(call, sorted);
-    const GroupSums sums{.A = call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
-                         .B = call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features)};
-    GroupedRun run(sorted, acc, sums);
+    GroupedRun run(sorted, acc, call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
+                   call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features));
     if (p.wants_grad_x) {
       const int64_t row_bytes = p.in_features * dtype_size(p.dtype);
       for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) { zero_rows(p.grad_x, begin, end, row_bytes); });
