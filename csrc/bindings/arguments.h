@@ -178,9 +178,7 @@ inline void check_tensors(std::span<const Parameter> parameters, const Argument*
   std::optional<ArgumentName> first;
   DeviceOf first_device{};
   for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter&) {
-    bool is_there;  // Python's None arrives as an undefined tensor
-    LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
-    if (!is_there) refuse<"missing_tensor">(name);
+    if (!tensor.defined()) refuse<"missing_tensor">(name);  // as which Python's None arrives
     const DeviceOf device = device_of(tensor);
     if (!first) {
       first = name;
