@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../schemas.h"
-#include "refuse.h"
 #include "tensors.h"
 
 namespace lora_ext {
