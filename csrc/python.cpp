@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../build/facts.h"  // written by setup.py
-#include "common/few_tokens.h"
 #include "cpu/isa.h"
 #include "cuda/mma/tile_sizes.h"
 #include "cuda/plan.h"
@@ -31,16 +30,8 @@ std::vector<std::string> dtypes() {
 }
 
 std::string cpu_isa() {
-  cpu::Isa isa;
-  return cpu::select_isa(&isa) ? cpu::isa_name(isa) : "";
-}
-
-std::vector<std::string> available_cpu_isas() {
-  std::vector<std::string> names;
-  for (const cpu::Isa isa : cpu::kBestFirst) {
-    if (cpu::runs_here(isa)) names.emplace_back(cpu::isa_name(isa));
-  }
-  return names;
+  const auto isa = cpu::selected_isa();
+  return isa ? cpu::isa_name(*isa) : "";
 }
 
 DType dtype_named(const std::string& name) {
@@ -51,14 +42,12 @@ DType dtype_named(const std::string& name) {
 }
 
 int64_t few_tokens(const std::string& dtype) {
-  cpu::Isa isa;
-  cpu::select_isa(&isa);
-  return cpu::few_tokens(isa, dtype_named(dtype));
+  return cpu::few_tokens(cpu::selected_isa().value_or(cpu::Isa::kGeneric), dtype_named(dtype));
 }
 
 std::string base_product() {
-  bool is_own;
-  return !cpu::select_base_product(&is_own) ? "" : is_own ? "own" : "library";
+  const auto is_own = cpu::has_own_base_product();
+  return !is_own ? "" : *is_own ? "own" : "library";
 }
 
 std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
@@ -117,7 +106,7 @@ struct Launch : cuda::PlannedLaunch {
   std::string line() const {
     const std::string name = variant > 0 ? text("{}<{}>", kernel_name(), variant) : kernel_name();
     const std::string size = grid_y == 1 ? text("{}", grid_x) : text("{} x {}", grid_x, grid_y);
-    return text("\n  {:<19} {:<11} {:>11} blocks of {} threads", name, result_name(), size, threads) +
+    return text("{:<19} {:<11} {:>11} blocks of {} threads", name, result_name(), size, threads) +
            (shared_bytes > 0 ? text(", {:6} bytes shared", shared_bytes) : "") + (detail.empty() ? "" : "; " + detail);
   }
 };
@@ -140,7 +129,7 @@ struct Plan {
   std::string lines() const {
     std::string lines =
         text("{}\n{} launches on {} SMs, {} bytes of scratch memory", title, launches.size(), sms, scratch_bytes);
-    for (const Launch& launch : launches) lines += launch.line();
+    for (const Launch& launch : launches) lines += "\n  " + launch.line();
     return lines;
   }
 };
@@ -182,43 +171,44 @@ void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const 
   if (sms < 1) throw py::value_error("plan: a GPU has at least one SM");
 }
 
-std::string title_of(const char* what, int64_t num_tokens, int64_t in_features, const Layers& layers,
-                     const std::string& dtype, const std::string& factor_dtype) {
+// p: of a forward or a backward; `call` makes the call of it, when its sizes are set.
+template <class Params, class MakeCall>
+Plan plan_layers(const char* what, Params& p, int64_t num_tokens, int64_t in_features, const Layers& layers,
+                 const std::string& dtype, const std::string& factor_dtype, int sms, const MakeCall& call) {
+  check(num_tokens, in_features, layers, dtype, sms);
+  set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
+  set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
+  p.shrink.in_features = p.shrink.x_stride = in_features;
   std::string sizes;
   for (const auto& [out_features, rank] : layers) {
     sizes += text("{}{} (rank {})", sizes.empty() ? "" : ", ", out_features, rank);
   }
-  return text("{} of {} tokens, {} -> {}, {}, factors {}", what, num_tokens, in_features, sizes, dtype, factor_dtype);
+  const std::string title =
+      text("{} of {} tokens, {} -> {}, {}, factors {}", what, num_tokens, in_features, sizes, dtype, factor_dtype);
+  return {title, call(), sms};
 }
 
 Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
                   const std::string& factor_dtype, bool dropout, bool base_layers, int sms) {
-  check(num_tokens, in_features, layers, dtype, sms);
   LoraForwardParams p{};
-  set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
-  set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
-  p.shrink.in_features = p.shrink.x_stride = in_features;
   p.shrink.threshold = dropout ? 1 : 0;
   BaseWeights weights;
   std::fill(std::begin(weights.strides), std::end(weights.strides), in_features);
   std::fill(std::begin(weights.column_strides), std::end(weights.column_strides), 1);
-  return {title_of("forward", num_tokens, in_features, layers, dtype, factor_dtype),
-          cuda::LoraCall(p, base_layers ? &weights : nullptr), sms};
+  return plan_layers("forward", p, num_tokens, in_features, layers, dtype, factor_dtype, sms,
+                     [&] { return cuda::LoraCall(p, base_layers ? &weights : nullptr); });
 }
 
 Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
                    const std::string& factor_dtype, bool dropout, const std::array<bool, 3>& output_mask, int sms) {
-  check(num_tokens, in_features, layers, dtype, sms);
   LoraBackwardParams p{};
-  set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
-  set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
-  p.shrink.in_features = p.shrink.x_stride = in_features;
   p.shrink.has_dropout = dropout;
   p.shrink.wants_grad_x = output_mask[0];
   p.shrink.wants_grad_lora_A = output_mask[1];
   p.expand.wants_grad_lora_B = output_mask[2];
   p.expand.wants_grad_xa = output_mask[0] || output_mask[1];
-  return {title_of("backward", num_tokens, in_features, layers, dtype, factor_dtype), cuda::LoraCall(p), sms};
+  return plan_layers("backward", p, num_tokens, in_features, layers, dtype, factor_dtype, sms,
+                     [&] { return cuda::LoraCall(p); });
 }
 
 // Rows that choose among the groups of one stack of factors.
@@ -266,14 +256,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How the binary was built. Values are empty where they do not apply.");
   m.def("dtypes", &dtypes, "The names of the dtypes that the ops take.");
   m.def("cpu_isa", &cpu_isa, "The instruction set whose CPU kernels run here; \"\" if LORA_EXT_CPU_ISA names none.");
-  m.def("available_cpu_isas", &available_cpu_isas, "The instruction sets that this machine can run, best first.");
+  m.def("available_cpu_isas", &cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("few_tokens", &few_tokens, "dtype"_a,
         "The most tokens of a dtype that the CPU kernel which reads a frozen weight once multiplies.");
   m.def(
       "base_product", &base_product,
       "Who computes base products of many tokens, \"own\" or \"library\"; \"\" if LORA_EXT_BASE_PRODUCT says neither.");
-  m.def("streams_weight", &streams_weight, "num_tokens"_a, "in_features"_a, "rank"_a,
-        "Whether the CUDA kernel for few tokens takes a layer of 16-bit weights.");
   m.def("refusals", &all_refusals, "name -> (exception, text), of csrc/refusals.h; {} stands for a part.");
 
   py::class_<Launch>(m, "Launch", "One launch of a plan.")
@@ -285,10 +273,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("threads", &Launch::threads, "Threads of a block.")
       .def_readonly("shared_bytes", &Launch::shared_bytes, "Dynamic shared memory of a block.")
       .def_readonly("detail", &Launch::detail, "How the launch is divided into blocks.")
-      .def("__repr__", [](const Launch& launch) {
-        return text("<{}: {}, {} blocks of {} threads>", launch.kernel_name(), launch.result_name(), launch.blocks(),
-                    launch.threads);
-      });
+      .def("__repr__", &Launch::line);
   py::class_<Plan>(m, "Plan", "The launches of a call on CUDA (csrc/cuda/plan.h).")
       .def_readonly("launches", &Plan::launches, "In order.")
       .def_readonly("scratch_bytes", &Plan::scratch_bytes, "Scratch memory of the call.")

@@ -1,6 +1,6 @@
 // The text of every refusal of an argument: this table is the only place. {} stands for a part that the check fills in.
 //
-// The bindings throw a refusal with refuse() (bindings/refuse.h). csrc/python.cpp exports the table, by which
+// The bindings throw a refusal with refuse() (bindings/errors.h). csrc/python.cpp exports the table, by which
 // lora_ext/_ops/checks.py tells which exception a text is.
 #pragma once
 

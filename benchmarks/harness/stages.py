@@ -18,7 +18,7 @@ from harness.shapes import Shape
 FORWARD_LAUNCHES = {"seed": 1, "shrink": 1, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"grad_b": 1, "grad_x": 1, "grad_a": 2, "product": 1}
 PER_LAYER = ("product",)
-# The forward of at most FEW_TOKENS tokens: one kernel has both the product and the adapter (csrc/common/few_tokens.h).
+# The forward of at most FEW_TOKENS tokens (csrc/cuda/mma/tile_sizes.h): one kernel has the product and the adapter.
 FEW_TOKENS, FEW_TOKENS_LAUNCHES = 32, {"seed": 1, "shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer
 

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../schemas.h"
-#include "refuse.h"
 #include "tensors.h"
 
 namespace lora_ext {
@@ -142,13 +141,10 @@ struct Argument {
   const Tensor* at(size_t i) const { return entry ? entry(data, i) : nullptr; }
 };
 
-inline const Tensor* address_of(const Tensor& tensor) { return &tensor; }
-inline const Tensor* address_of(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
-
 template <class T>
 Argument as_argument(const T& argument) {
-  if constexpr (requires { address_of(argument); }) {
-    return {&argument, 1, false, [](const void* data, size_t) { return address_of(*static_cast<const T*>(data)); }};
+  if constexpr (requires { pointer_to(argument); }) {
+    return {&argument, 1, false, [](const void* data, size_t) { return pointer_to(*static_cast<const T*>(data)); }};
   } else {
     return {};
   }
@@ -156,9 +152,9 @@ Argument as_argument(const T& argument) {
 template <class T>
 Argument as_argument(const std::vector<T>& list) {
   Argument argument{&list, list.size(), true};
-  if constexpr (requires { address_of(list[0]); }) {
+  if constexpr (requires { pointer_to(list[0]); }) {
     argument.entry = [](const void* data, size_t i) {
-      return address_of((*static_cast<const std::vector<T>*>(data))[i]);
+      return pointer_to((*static_cast<const std::vector<T>*>(data))[i]);
     };
   }
   return argument;
@@ -181,9 +177,7 @@ inline void check_tensors(std::span<const Parameter> parameters, const Argument*
   std::optional<ArgumentName> first;
   DeviceOf first_device{};
   for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter&) {
-    bool is_there;  // Python's None arrives as an undefined tensor
-    LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
-    if (!is_there) refuse<"missing_tensor">(name);
+    if (!tensor.defined()) refuse<"missing_tensor">(name);  // as which Python's None arrives
     const DeviceOf device = device_of(tensor);
     if (!first) {
       first = name;

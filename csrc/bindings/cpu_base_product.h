@@ -87,12 +87,10 @@ inline bool has_zero_adapter(const LoraExpandParams& p) {
 template <class Params>
 bool has_own_product(const Kernels& kernels, const Params& p, const BaseWeights& weights) {
   constexpr int64_t kFewestTokens = kMostFewTokens + 1;  // below, packing the weight takes too long
-  bool is_own;
-  if (!select_base_product(&is_own)) {
-    fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
-  }
+  const std::optional<bool> is_own = has_own_base_product();
+  if (!is_own) fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
   const auto& expand = p.expand;
-  bool fits = is_own && expand.num_tokens >= kFewestTokens && p.shrink.in_features > 0 &&
+  bool fits = *is_own && expand.num_tokens >= kFewestTokens && p.shrink.in_features > 0 &&
               kernels.gemm_tile(expand.dtype).rows > 0;
   for (int i = 0; i < expand.num_siblings; ++i) {
     fits = fits && expand.siblings[i].out_features > 0 && (weights.strides[i] == 1 || weights.column_strides[i] == 1);
@@ -108,16 +106,15 @@ inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p,
   for (int i = 0; i < expand.num_siblings; ++i) {
     run.add_product(expand.siblings[i].out_features, expand.siblings[i].rank);
   }
-  void* scratch;
   ScratchParts parts;
-  parts.add(&scratch, {run.scratch_bytes()});
+  run.add_scratch(parts);
   const int64_t num_chunks = count_chunks(shrink.num_tokens);
   const Workspace workspace = make_workspace(p, num_chunks, parts);
   pack_factors(kernels.pack_forward, p, workspace);
   const auto pack = [&](const GemmRows* x, int64_t first) {
     run_chunks(kernels.forward, p, workspace, {.first = first, .count = x->num_rows, .packed = x}, num_chunks);
   };
-  run.for_parts(scratch, pack, [&](int64_t row, int64_t count) {
+  run.for_parts(pack, [&](int64_t row, int64_t count) {
     for (int i = 0; i < expand.num_siblings; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
       ManyTokensGemm gemm{.num_rows = count,
@@ -143,9 +140,9 @@ inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, cons
     run.add_rows(s.grad_y, s.grad_y_stride, s.out_features);
   }
   run.add_product(p.shrink.in_features, p.shrink.total_rank);
-  void *scratch, *grad_xa;
+  void* grad_xa;
   ScratchParts parts;
-  parts.add(&scratch, {run.scratch_bytes()});
+  run.add_scratch(parts);
   parts.add(&grad_xa, {run.most_rows(), p.shrink.total_rank, int64_t{sizeof(float)}});
   const int64_t num_chunks = count_chunks(p.expand.num_tokens);
   const Workspace workspace = make_workspace(p, num_chunks, parts);
@@ -154,7 +151,7 @@ inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, cons
     run_chunks(kernels.backward, p, workspace, {first, grad_ys[0].num_rows, grad_ys, grad_xa}, num_chunks);
   };
   const int64_t mask_stride = mask_row_bytes(p.shrink.in_features);
-  run.for_parts(scratch, pack, [&](int64_t row, int64_t count) {
+  run.for_parts(pack, [&](int64_t row, int64_t count) {
     ManyTokensGemm gemm{
         .num_rows = count,
         .columns = p.shrink.in_features,

@@ -21,14 +21,9 @@ inline void library_product(const Tensor& out, const Tensor* start, const Tensor
   }
 }
 
-// Smallest number of a weight's rows that is worth a thread.
-inline int64_t rows_a_thread(int64_t num_tokens, int64_t in_features) {
-  constexpr int64_t kWork = 1 << 17;  // multiply-adds: about ten times the cost of waking a thread
-  return 1 + kWork / (num_tokens * in_features);
-}
-
 inline void run_few_tokens_gemm(const Kernels& kernels, const FewTokensGemm& p, int64_t rows) {
-  torch::stable::parallel_for(0, rows, rows_a_thread(p.num_tokens, p.in_features),
+  constexpr int64_t kWork = 1 << 17;  // multiply-adds: about ten times the cost of waking a thread
+  torch::stable::parallel_for(0, rows, 1 + kWork / (p.num_tokens * p.in_features),
                               [&](int64_t begin, int64_t end) { kernels.few_tokens_gemm(p, begin, end); });
 }
 
@@ -67,25 +62,26 @@ class GemmRun {
     return std::min(most, num_tiles(num_rows_) * tile_.rows);
   }
 
-  int64_t scratch_bytes() const {
-    return most_rows() * (row_bytes_ + rank_bytes_) + threads_ * (panel_bytes_ + sum_bytes_);
+  // Adds the scratch memory, when all rows and products are known.
+  void add_scratch(ScratchParts& parts) {
+    for (int i = 0; i < num_terms_; ++i) {
+      parts.add(&rows_[i].packed, {most_rows(), packed_row_bytes(rows_[i].sum * dtype_size(dtype_))});
+    }
+    parts.add(&ranks_, {most_rows(), rank_bytes_});
+    parts.add(&panels_, {threads_, panel_bytes_ + sum_bytes_});
   }
 
   // For each part of the rows: calls pack(rows of each term, first) and then multiply(first, count).
   template <class Pack, class Multiply>
-  void for_parts(void* scratch, const Pack& pack, const Multiply& multiply) {
-    scratch_ = static_cast<char*>(scratch);
+  void for_parts(const Pack& pack, const Multiply& multiply) {
     const int64_t parts = (num_rows_ + most_rows() - 1) / most_rows();
     const int64_t together = (num_tiles(num_rows_) + parts - 1) / parts * tile_.rows;
     for (int64_t row = 0; row < num_rows_; row += together) {
       GemmRows part[kMostTerms];
-      char* packed = scratch_;
       for (int i = 0; i < num_terms_; ++i) {
         part[i] = rows_[i];
         part[i].num_rows = std::min(num_rows_ - row, together);
         part[i].rows = static_cast<const char*>(part[i].rows) + row * part[i].stride * dtype_size(dtype_);
-        part[i].packed = packed_[i] = packed;
-        packed += most_rows() * packed_row_bytes(part[i].sum * dtype_size(dtype_));
       }
       pack(part, row);
       multiply(row, part[0].num_rows);
@@ -94,19 +90,17 @@ class GemmRun {
 
   // Adds weight [columns, sum] to a product, for the rows of term `term`.
   void add_weight(ManyTokensGemm& p, int term, const void* weight, int64_t column_step, int64_t sum_step) const {
-    p.terms[p.num_terms++] = {rows_[term].sum, packed_[term], weight, column_step, sum_step};
+    p.terms[p.num_terms++] = {rows_[term].sum, rows_[term].packed, weight, column_step, sum_step};
   }
 
   void multiply(ManyTokensGemm& p) const {
-    char* const ranks = scratch_ + most_rows() * row_bytes_;
-    char* const first_panel = ranks + most_rows() * rank_bytes_;
     const Share share = share_out(p.columns, num_tiles(p.num_rows));
     p.dtype = dtype_;
-    p.packed_low_rank = ranks;
+    p.packed_low_rank = ranks_;
     kernels_.pack_gemm_ranks(p, 0, share.tiles);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
-        char* const panels = first_panel + thread * (panel_bytes_ + sum_bytes_);
+        char* const panels = static_cast<char*>(panels_) + thread * (panel_bytes_ + sum_bytes_);
         const int64_t items = share.groups * share.parts;
         for (int64_t item = items * thread / threads_; item < items * (thread + 1) / threads_; ++item) {
           const int64_t group = item / share.parts, part = item % share.parts;
@@ -138,9 +132,8 @@ class GemmRun {
   int64_t num_rows_, threads_;
   int num_terms_ = 0;
   GemmRows rows_[kMostTerms] = {};
-  void* packed_[kMostTerms] = {};
   int64_t row_bytes_ = 0, rank_bytes_ = 0, panel_bytes_ = 0, sum_bytes_ = 0;
-  char* scratch_ = nullptr;  // rows, ranks; panels and sums of each thread
+  void *ranks_ = nullptr, *panels_ = nullptr;  // of the ranks of all rows; panels and sums of each thread
 };
 
 }  // namespace lora_ext::cpu

@@ -41,9 +41,8 @@ struct GroupedCpu {
     const DType acc = accumulation_dtype(p.dtype);
     const SortedRows sorted = sort_rows(call.groups, choice);
     zero_unwritten(call, sorted);
-    const GroupSums sums{.A = call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
-                         .B = call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features)};
-    GroupedRun run(sorted, acc, sums);
+    GroupedRun run(sorted, acc, call.grad_lora_As.empty() ? 0 : padded_columns(p.in_features),
+                   call.grad_lora_Bs.empty() ? 0 : padded_columns(p.out_features));
     if (p.wants_grad_x) {
       const int64_t row_bytes = p.in_features * dtype_size(p.dtype);
       for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) { zero_rows(p.grad_x, begin, end, row_bytes); });
@@ -115,7 +114,7 @@ Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::opt
                            const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
                            const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
   Tensor y = empty(sizes_with_last(x, weight.size(0)), dtype_of(x), x);
-  const GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
+  const GroupedForwardCall call(y, x, lora_As, lora_Bs, 0.0, std::nullopt);
   const SortedRows sorted =
       sort_rows(call.groups, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, 0.0));
   std::optional<Tensor> bias_in_order;

@@ -136,21 +136,18 @@ inline std::vector<Item> make_items(const SortedRows& sorted) {
   return items;
 }
 
-// The sums for the gradients of the factors of a group: of each thread for groups that are one item, and of each item
-// for others.
-struct GroupSums {
-  int64_t A = 0, B = 0;  // elements, for the largest rank; 0 if no gradient is wanted
-};
-
 struct GroupedRun {
   const Kernels& kernels;
   std::vector<Item> items;
   int64_t num_threads;
-  std::vector<void*> scratch;          // [num_threads]
+  std::vector<void*> scratch;  // [num_threads]
+  // Where the sums for the gradients of a group's factors go: of each thread for groups that are one item, and of each
+  // item for others.
   std::vector<GroupRows> thread_sums;  // [num_threads]
-  std::vector<GroupRows> item_sums;    // [items]: where the sums of an item go, if its group is split
+  std::vector<GroupRows> item_sums;    // [items]
 
-  GroupedRun(const SortedRows& sorted, DType acc, GroupSums sums)
+  // A_columns, B_columns: of a rank's sums; 0 if no such gradient is wanted.
+  GroupedRun(const SortedRows& sorted, DType acc, int64_t A_columns = 0, int64_t B_columns = 0)
       : kernels(checked_kernels()),
         items(make_items(sorted)),
         num_threads(std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()))),
@@ -161,8 +158,8 @@ struct GroupedRun {
     for (const LoraGroup& group : sorted.groups) max_rank = std::max(max_rank, group.rank);
     ScratchParts parts;
     const auto add_sums = [&](GroupRows& rows) {
-      parts.add(&rows.grad_A, {max_rank, sums.A, dtype_size(acc)});
-      parts.add(&rows.grad_B_t, {max_rank, sums.B, dtype_size(acc)});
+      parts.add(&rows.grad_A, {max_rank, A_columns, dtype_size(acc)});
+      parts.add(&rows.grad_B_t, {max_rank, B_columns, dtype_size(acc)});
     };
     for (size_t t = 0; t < scratch.size(); ++t) {
       parts.add(&scratch[t], {kPanelParts, kPanelRows, max_padded_ranks(max_rank), dtype_size(acc)});
@@ -218,7 +215,7 @@ void for_each_skipped_run(const SortedRows& sorted, const F& f) {
 inline void add_updates(const GroupedForwardCall& call, const SortedRows& sorted) {
   const LoraGroupedForwardParams& p = call.params;
   const DType acc = accumulation_dtype(p.dtype);
-  GroupedRun run(sorted, acc, {});
+  GroupedRun run(sorted, acc);
   for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) {
     zero_rows(p.xa, begin, end, p.max_rank * dtype_size(acc));
     if (p.threshold > 0) {

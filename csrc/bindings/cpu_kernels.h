@@ -15,11 +15,10 @@
 namespace lora_ext::cpu {
 
 inline Isa checked_isa() {
-  Isa isa;
-  if (!select_isa(&isa)) {
-    fail("LORA_EXT_CPU_ISA is ", std::getenv("LORA_EXT_CPU_ISA"), ", want one of ", available_isas());
-  }
-  return isa;
+  if (const std::optional<Isa> isa = selected_isa()) return *isa;
+  std::string names;
+  for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
+  fail("LORA_EXT_CPU_ISA is ", std::getenv("LORA_EXT_CPU_ISA"), ", want one of ", names);
 }
 
 inline const Kernels& checked_kernels() { return kernels_of(checked_isa()); }

@@ -23,19 +23,18 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
   MergeRun run(call.params, call.layers);
   Tensor non_finite = empty_int64({static_cast<int64_t>(num_layers)}, weights[0]);
   std::vector<Tensor> words, corrections;
-  std::vector<int16_t*> layer_words;
   std::vector<RowRecords> records;
   corrections.reserve(num_layers);
   for (const MergeLayer& layer : call.layers) {
     words.push_back(empty_int16({layer.out_features, merge_segments(layer.in_features)}, weights[0]));
-    layer_words.push_back(static_cast<int16_t*>(words.back().mutable_data_ptr()));
-    records.push_back({layer_words.back(), nullptr, 0});
+    records.push_back({static_cast<const int16_t*>(words.back().const_data_ptr()), nullptr, 0});
   }
   int64_t* const counts = static_cast<int64_t*>(non_finite.mutable_data_ptr());
   std::fill(counts, counts + num_layers, 0);
 
   size_t merged = 0;  // layers that are complete
   const auto restore = [&] {
+    run.take_back();
     while (merged > 0) {
       --merged;
       run.unmerge(call.layers[merged], records[merged]);
@@ -44,7 +43,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
   try {
     for (; merged < num_layers; ++merged) {
       const MergeLayer& layer = call.layers[merged];
-      counts[merged] = run.merge_record(layer, layer_words[merged]);
+      counts[merged] = run.merge_record(layer, static_cast<int16_t*>(words[merged].mutable_data_ptr()));
       if (counts[merged] > 0) break;
       corrections.push_back(empty_int16({run.num_corrections()}, weights[0]));
       uint16_t* const layer_corrections = static_cast<uint16_t*>(corrections.back().mutable_data_ptr());
@@ -53,12 +52,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
       run.take_corrections(layer_corrections);
     }
   } catch (...) {
-    run.take_back();
     restore();
     throw;
   }
   if (merged == num_layers) return {non_finite, words, corrections};
-  run.take_back();
   restore();
   return {non_finite, {}, {}};
 }

@@ -79,110 +79,87 @@ struct Choice {
 };
 
 struct GroupedForwardCall {
-  KeptTensors kept;
+  KeptTensors kept{};
   Groups groups;
+  int64_t num_tokens;
   Tensor x;         // [num_tokens, in_features] with unit column stride
   Tensor xa, mask;  // the op's results
-  int64_t num_tokens;
-  LoraGroupedForwardParams params{};
-};
+  LoraGroupedForwardParams params;
 
-inline GroupedForwardCall prepare_grouped_forward(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
-                                                  const std::vector<Tensor>& lora_Bs, double dropout_p,
-                                                  const std::optional<Tensor>& seed) {
-  const DType dtype = dtype_of(x);
-  const uint32_t threshold = dropout_threshold(dropout_p);
-  const int64_t num_tokens = count_tokens(x);
-  KeptTensors kept;
-  Groups groups = list_groups(lora_As, lora_Bs, kept);
-  const int64_t mask_bytes = mask_row_bytes(groups.in_features);
-  Tensor xa = empty({num_tokens, groups.max_rank}, accumulation_dtype(dtype), x);
-  Tensor mask = threshold > 0 ? empty_bytes({num_tokens, mask_bytes}, x) : empty_bytes({0}, x);
-  GroupedForwardCall call{.kept = std::move(kept),
-                          .groups = std::move(groups),
-                          .x = flatten_tokens(x),
-                          .xa = std::move(xa),
-                          .mask = std::move(mask),
-                          .num_tokens = num_tokens};
-  call.params = {.in_features = call.groups.in_features,
-                 .out_features = call.groups.out_features,
-                 .max_rank = call.groups.max_rank,
-                 .x = call.x.const_data_ptr(),
-                 .seed = threshold > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
-                 .y = y.mutable_data_ptr(),
-                 .xa = call.xa.mutable_data_ptr(),
-                 .mask = threshold > 0 ? static_cast<uint8_t*>(call.mask.mutable_data_ptr()) : nullptr,
-                 .x_stride = call.x.stride(0),
-                 .dtype = dtype,
-                 .factor_dtype = call.groups.factor_dtype,
-                 .threshold = threshold};
-  return call;
-}
+  GroupedForwardCall(const Tensor& y, const Tensor& op_x, const std::vector<Tensor>& lora_As,
+                     const std::vector<Tensor>& lora_Bs, double dropout_p, const std::optional<Tensor>& seed)
+      : groups(list_groups(lora_As, lora_Bs, kept)),
+        num_tokens(count_tokens(op_x)),
+        x(flatten_tokens(op_x)),
+        xa(empty({num_tokens, groups.max_rank}, accumulation_dtype(dtype_of(x)), x)),
+        mask(new_mask(dropout_threshold(dropout_p), num_tokens, groups.in_features, x)),
+        params{.in_features = groups.in_features,
+               .out_features = groups.out_features,
+               .max_rank = groups.max_rank,
+               .x = x.const_data_ptr(),
+               .seed = address_of(seed),
+               .y = y.mutable_data_ptr(),
+               .xa = xa.mutable_data_ptr(),
+               .mask = static_cast<uint8_t*>(mask.mutable_data_ptr()),
+               .x_stride = x.stride(0),
+               .dtype = dtype_of(x),
+               .factor_dtype = groups.factor_dtype,
+               .threshold = dropout_threshold(dropout_p)} {}
+};
 
 struct GroupedBackwardCall {
   KeptTensors kept{};
-  Groups groups{};
+  Groups groups;
   int64_t num_tokens;
   std::optional<Tensor> grad_x{};
   std::vector<Tensor> grad_lora_As{}, grad_lora_Bs{};  // the wanted ones, in order
   LoraGroupedBackwardParams params{};
 
-  bool has_nothing_to_write() const {
-    return (!grad_x || is_empty(*grad_x)) && std::all_of(grad_lora_As.begin(), grad_lora_As.end(), is_empty) &&
-           std::all_of(grad_lora_Bs.begin(), grad_lora_Bs.end(), is_empty);
+  GroupedBackwardCall(const Tensor& grad_y, const std::optional<Tensor>& x, const std::vector<Tensor>& lora_As,
+                      const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& xa,
+                      const std::optional<Tensor>& mask, double dropout_p, const std::vector<bool>& output_mask)
+      : groups(list_groups(lora_As, lora_Bs, kept)), num_tokens(count_tokens(grad_y)) {
+    const size_t entries = lora_As.size();
+    const std::vector<bool> wanted = wanted_of_groups(output_mask, entries);
+    const bool want_x = wanted[0], want_A = wanted[1], want_B = wanted[2];
+    const bool has_dropout = dropout_threshold(dropout_p) > 0;
+    const Tensor grad_y_rows = flatten_tokens(grad_y);
+    params = {.in_features = groups.in_features,
+              .out_features = groups.out_features,
+              .max_rank = groups.max_rank,
+              .grad_y = kept.address(grad_y_rows),
+              .xa = want_B ? kept.address(as_contiguous(*xa)) : nullptr,
+              .mask = saved_mask(mask, has_dropout && (want_x || want_A), kept),
+              .grad_y_stride = grad_y_rows.stride(0),
+              .dtype = dtype_of(grad_y),
+              .factor_dtype = groups.factor_dtype,
+              .wants_grad_x = want_x,
+              .has_dropout = has_dropout};
+    if (want_A) {
+      const Tensor rows = flatten_tokens(*x);
+      params.x = kept.address(rows);
+      params.x_stride = rows.stride(0);
+    }
+    if (want_x) {
+      grad_x = empty(sizes_with_last(grad_y, groups.in_features), params.dtype, grad_y);
+      params.grad_x = grad_x->mutable_data_ptr();
+    }
+    const auto new_gradient = [&](const Tensor& factor, std::vector<Tensor>& gradients) {
+      const auto sizes = factor.sizes();
+      gradients.push_back(empty({sizes.begin(), sizes.end()}, groups.factor_dtype, grad_y));
+      return gradients.back().mutable_data_ptr();
+    };
+    for (size_t i = 0; i < entries; ++i) {
+      GroupedEntry& entry = groups.entries[i];
+      entry.wants_grad_A = output_mask[1 + i];
+      entry.wants_grad_B = output_mask[1 + entries + i];
+      if (entry.wants_grad_A) entry.grad_lora_A = new_gradient(lora_As[i], grad_lora_As);
+      if (entry.wants_grad_B) entry.grad_lora_B = new_gradient(lora_Bs[i], grad_lora_Bs);
+    }
   }
+
+  bool has_nothing_to_write() const { return is_empty(grad_x) && is_empty(grad_lora_As) && is_empty(grad_lora_Bs); }
 };
-
-inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const std::optional<Tensor>& x,
-                                                    const std::vector<Tensor>& lora_As,
-                                                    const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& xa,
-                                                    const std::optional<Tensor>& mask, double dropout_p,
-                                                    const std::vector<bool>& output_mask) {
-  const size_t entries = lora_As.size();
-  const std::vector<bool> wanted = wanted_of_groups(output_mask, entries);
-  const bool want_x = wanted[0], want_A = wanted[1], want_B = wanted[2];
-  GroupedBackwardCall call{.num_tokens = count_tokens(grad_y)};
-  call.groups = list_groups(lora_As, lora_Bs, call.kept);
-  Groups& groups = call.groups;
-
-  const DType dtype = dtype_of(grad_y);
-  const uint32_t threshold = dropout_threshold(dropout_p);
-  const Tensor grad_y_rows = flatten_tokens(grad_y);
-  LoraGroupedBackwardParams& p = call.params;
-  p = {.in_features = groups.in_features,
-       .out_features = groups.out_features,
-       .max_rank = groups.max_rank,
-       .grad_y = call.kept.address(grad_y_rows),
-       .xa = want_B ? call.kept.address(as_contiguous(*xa)) : nullptr,
-       .mask = saved_mask(mask, threshold > 0 && (want_x || want_A), call.kept),
-       .grad_y_stride = grad_y_rows.stride(0),
-       .dtype = dtype,
-       .factor_dtype = groups.factor_dtype,
-       .wants_grad_x = want_x,
-       .has_dropout = threshold > 0};
-  if (want_A) {
-    const Tensor rows = flatten_tokens(*x);
-    p.x = call.kept.address(rows);
-    p.x_stride = rows.stride(0);
-  }
-  if (want_x) {
-    call.grad_x = empty(sizes_with_last(grad_y, groups.in_features), dtype, grad_y);
-    p.grad_x = call.grad_x->mutable_data_ptr();
-  }
-  const auto new_gradient = [&](const Tensor& factor, std::vector<Tensor>& gradients) {
-    const auto sizes = factor.sizes();
-    gradients.push_back(empty({sizes.begin(), sizes.end()}, groups.factor_dtype, grad_y));
-    return gradients.back().mutable_data_ptr();
-  };
-  for (size_t i = 0; i < entries; ++i) {
-    GroupedEntry& entry = groups.entries[i];
-    entry.wants_grad_A = output_mask[1 + i];
-    entry.wants_grad_B = output_mask[1 + entries + i];
-    if (entry.wants_grad_A) entry.grad_lora_A = new_gradient(lora_As[i], call.grad_lora_As);
-    if (entry.wants_grad_B) entry.grad_lora_B = new_gradient(lora_Bs[i], call.grad_lora_Bs);
-  }
-  return call;
-}
 
 // lora_grouped_ and its backward. Device: as of LayerOps (layer_ops.h), with the calls above.
 template <class Device>
@@ -195,7 +172,7 @@ struct GroupedOps {
                                                   const Tensor& scalings, const OptionalTensor& ranks, double dropout_p,
                                                   const OptionalTensor& seed) {
     const typename Device::Guard guard(y);
-    GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
+    GroupedForwardCall call(y, x, lora_As, lora_Bs, dropout_p, seed);
     Device::forward(call, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_p));
     return {std::move(call.xa), std::move(call.mask)};
   }
@@ -205,7 +182,7 @@ struct GroupedOps {
       const Tensor& group_of_row, const Tensor& scalings, const OptionalTensor& ranks, const OptionalTensor& xa,
       const OptionalTensor& mask, double dropout_p, const std::vector<bool>& output_mask) {
     const typename Device::Guard guard(grad_y);
-    GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
+    GroupedBackwardCall call(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
     if (!call.has_nothing_to_write()) {
       Device::backward(call, Choice(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_p));
     }

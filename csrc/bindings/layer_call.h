@@ -29,8 +29,6 @@ struct Layer {
   int64_t rank() const { return lora_A ? lora_A->size(0) : lora_B->size(1); }
 };
 
-inline const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
-
 // The layers of an op on lists, whose lengths fit. A list that the op lacks is empty.
 inline std::vector<Layer> list_layers(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
                                       const std::vector<double>& scalings, const std::vector<Tensor>& weights,
@@ -85,23 +83,38 @@ void for_each_sibling(Params& p, std::span<const Layer> layers, const F& f) {
   }
 }
 
-// --- a forward ---
-
-struct ForwardCall {
-  const Tensor& like;
+// Params: of a forward or a backward.
+template <class Params>
+struct LayerCall {
+  const Tensor& like;  // x, a base or a grad_y
   std::span<const Layer> layers;
-  std::optional<Tensor> x{};           // [num_tokens, in_features] with unit column stride
-  std::vector<Tensor> y{};             // the op's results, one y per layer
-  std::optional<Tensor> xa{}, mask{};  // the results of a shrink
   KeptTensors kept{};
-  LoraForwardParams params{};
+  Params params{};
 
-  ForwardCall(const Tensor& x_or_base, std::span<const Layer> op_layers) : like(x_or_base), layers(op_layers) {
+  LayerCall(const Tensor& of_call, std::span<const Layer> op_layers) : like(of_call), layers(op_layers) {
     set_sizes(params.shrink, like, layers);
     set_sizes(params.expand, like, layers);
   }
-
   bool has_base_layers() const { return layers[0].weight != nullptr; }
+};
+
+// --- a forward ---
+
+// The mask that a forward draws, empty without dropout.
+inline Tensor new_mask(uint32_t threshold, int64_t num_tokens, int64_t in_features, const Tensor& like) {
+  return threshold > 0 ? empty_bytes({num_tokens, mask_row_bytes(in_features)}, like) : empty_bytes({0}, like);
+}
+
+inline const int64_t* address_of(const std::optional<Tensor>& seed) {
+  return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+}
+
+struct ForwardCall : LayerCall<LoraForwardParams> {
+  using LayerCall::LayerCall;
+  std::optional<Tensor> x{};           // [num_tokens, in_features] with unit column stride
+  std::vector<Tensor> y{};             // the op's results, one y per layer
+  std::optional<Tensor> xa{}, mask{};  // the results of a shrink
+
   Tensor y_rows(size_t i) const {
     return as_rows(y[i], params.expand.num_tokens, params.expand.siblings[i].out_features);
   }
@@ -115,11 +128,9 @@ struct ForwardCall {
     p.x_stride = x->stride(0);
     p.xa = xa->mutable_data_ptr();
     p.threshold = dropout_threshold(dropout_p);
-    mask = p.threshold > 0 ? empty_bytes({p.num_tokens, mask_row_bytes(p.in_features)}, like) : empty_bytes({0}, like);
-    if (p.threshold > 0) {
-      p.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-      p.mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
-    }
+    mask = new_mask(p.threshold, p.num_tokens, p.in_features, like);
+    p.seed = address_of(seed);
+    p.mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
     for_each_sibling(p, layers, [&](LoraShrinkSibling& sibling, const Layer& layer) {
       sibling.lora_A = kept.address(as_contiguous(*layer.lora_A));
       sibling.scale = layer.scaling * dropout_rescale(p.threshold);
@@ -150,29 +161,21 @@ inline const uint8_t* saved_mask(const std::optional<Tensor>& mask, bool is_read
   return is_read ? static_cast<const uint8_t*>(kept.address(as_aligned(*mask, kWord))) : nullptr;
 }
 
-inline bool is_empty(const Tensor& tensor) { return tensor.numel() == 0; }
+inline bool is_empty(const std::optional<Tensor>& tensor) { return !tensor || tensor->numel() == 0; }
+inline bool is_empty(const std::vector<Tensor>& tensors) {
+  return std::ranges::all_of(tensors, [](const Tensor& tensor) { return tensor.numel() == 0; });
+}
 
-struct BackwardCall {
-  const Tensor& like;
-  std::span<const Layer> layers;
+struct BackwardCall : LayerCall<LoraBackwardParams> {
+  using LayerCall::LayerCall;
   std::vector<Tensor> grad_y{};  // one per layer: [num_tokens, out_features], unit column stride
   // The op's results, where they are wanted. grad_xa: of an expand's backward alone.
   std::optional<Tensor> grad_x{}, grad_xa{};
   std::vector<Tensor> grad_lora_A{}, grad_lora_B{};  // one per layer, or none
-  KeptTensors kept{};
-  LoraBackwardParams params{};
 
-  BackwardCall(const Tensor& grad_y_or_x, std::span<const Layer> op_layers) : like(grad_y_or_x), layers(op_layers) {
-    set_sizes(params.expand, like, layers);
-    set_sizes(params.shrink, like, layers);
-  }
-
-  bool has_base_layers() const { return layers[0].weight != nullptr; }
   // Whether no wanted gradient has elements. The number of tokens without features may exceed any memory.
   bool has_nothing_to_write() const {
-    return (!grad_x || is_empty(*grad_x)) && (!grad_xa || is_empty(*grad_xa)) &&
-           std::all_of(grad_lora_A.begin(), grad_lora_A.end(), is_empty) &&
-           std::all_of(grad_lora_B.begin(), grad_lora_B.end(), is_empty);
+    return is_empty(grad_x) && is_empty(grad_xa) && is_empty(grad_lora_A) && is_empty(grad_lora_B);
   }
   Tensor grad_x_rows() const { return as_rows(*grad_x, params.shrink.num_tokens, params.shrink.in_features); }
 

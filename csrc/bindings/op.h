@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -58,20 +57,11 @@ struct CheckedOp<kSchema, kFunction> {
   }
 };
 
-// The name of the op of kSchema, which ends: the library's functions take a C string.
-template <const auto& kSchema>
-inline constexpr auto kOpName = [] {
-  constexpr std::string_view kText = op_name(kSchema.text);
-  std::array<char, kText.size() + 1> name{};
-  for (size_t i = 0; i < kText.size(); ++i) name[i] = kText[i];
-  return name;
-}();
-
 // Registers kFunction as the op of kSchema, one of schemas.h, in `library`: STABLE_TORCH_LIBRARY_IMPL's.
 template <const auto& kSchema, auto kFunction, class Library>
 void register_op(Library& library) {
   constexpr auto kCall = &CheckedOp<kSchema, kFunction>::call;
-  library.impl(kOpName<kSchema>.data(), TORCH_BOX(kCall));
+  library.impl(std::string(op_name(kSchema.text)).c_str(), TORCH_BOX(kCall));
 }
 
 template <const auto& kSchema, class Indices = std::make_index_sequence<count_arguments(kSchema.text)>>
@@ -94,7 +84,7 @@ struct Check<kSchema, std::index_sequence<kIndices...>> {
 template <const auto& kSchema, class Library>
 void register_check(Library& library) {
   constexpr auto kRefusal = &Check<kSchema>::refusal;
-  library.impl(kOpName<kSchema>.data(), TORCH_BOX(kRefusal));
+  library.impl(std::string(op_name(kSchema.text)).c_str(), TORCH_BOX(kRefusal));
 }
 
 }  // namespace lora_ext

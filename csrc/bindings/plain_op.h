@@ -7,7 +7,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -19,22 +18,6 @@
 #include "tensors.h"
 
 namespace lora_ext {
-
-// The arguments that have the dtype of x, by which an op chooses. Every schema has one of them.
-constexpr bool is_of_x(std::string_view name) {
-  for (const char* known : {"x", "y", "base", "grad_y", "grad_ys"}) {
-    if (is_same(name, known)) return true;
-  }
-  return false;
-}
-
-constexpr int first_of_x(const char* schema) {
-  int index = 0;
-  while (!is_of_x(argument_name(schema, index))) ++index;
-  return index;
-}
-
-static_assert(first_of_x(schemas::kLoraLinear.text) == 0 && first_of_x(schemas::kLoraShrinkBackward.text) == 1);
 
 inline bool is_wide(const Tensor& tensor) { return is_supported(tensor) && !is_16_bit(dtype_of(tensor)); }
 inline bool is_wide(const std::vector<Tensor>& tensors) { return !tensors.empty() && is_wide(tensors[0]); }
@@ -92,7 +75,9 @@ struct NarrowOp;
 template <const auto& kSchema, class Result, class... Arguments, Result (*kFunction)(Arguments...)>
 struct NarrowOp<kSchema, kFunction> {
   static Result call(Arguments... arguments) {
-    if (is_wide(std::get<first_of_x(kSchema.text)>(std::tie(arguments...)))) {
+    constexpr Shape kFirst = kShapes<kSchema>[0];  // of x or y, or of their gradient
+    static_assert(kFirst.dtype == 'x');
+    if (is_wide(std::get<kFirst.argument>(std::tie(arguments...)))) {
       return call_plain<kSchema, Result>(arguments...);
     }
     return kFunction(arguments...);

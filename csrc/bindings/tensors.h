@@ -17,6 +17,9 @@ namespace lora_ext {
 
 using torch::stable::Tensor;
 
+inline const Tensor* pointer_to(const Tensor& tensor) { return &tensor; }
+inline const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
 // PyTorch's number of a dtype. Every dtype has one, also those missing in torch::headeronly::ScalarType.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
@@ -106,10 +109,9 @@ inline int64_t last_element(const Tensor& tensor) {
 // tensor was created: PyTorch does not check again.
 inline bool has_its_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
-  int64_t bytes, offset;
+  int64_t bytes;
   LORA_EXT_CALL_TORCH(aoti_torch_get_storage_size, tensor.get(), &bytes);
-  LORA_EXT_CALL_TORCH(aoti_torch_get_storage_offset, tensor.get(), &offset);
-  return offset + last_element(tensor) < bytes / static_cast<int64_t>(tensor.element_size());
+  return tensor.storage_offset() + last_element(tensor) < bytes / static_cast<int64_t>(tensor.element_size());
 }
 
 // Allocates an uninitialised contiguous tensor on like's device. element_size: of the dtype, for the message.
@@ -122,14 +124,13 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int64_t el
       fail("sizes are too large: a tensor of ", sizes_text(sizes));
     }
   }
-  int32_t device_type;
-  LORA_EXT_CALL_TORCH(aoti_torch_get_device_type, like.get(), &device_type);
+  const DeviceOf device = device_of(like);
   AtenTensorHandle handle;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
-                               like.get_device_index(), &handle) != 0) {
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
+                               device.index, &handle) != 0) {
     int64_t bytes = element_size;
     for (const int64_t size : sizes) bytes = product({bytes, size});
-    fail_allocation(bytes, " bytes on ", device_of(like), " for a tensor of ", sizes_text(sizes));
+    fail_allocation(bytes, " bytes on ", device, " for a tensor of ", sizes_text(sizes));
   }
   return Tensor(handle);
 }

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "philox.h"  // LORA_EXT_HOST_DEVICE
 
@@ -28,30 +29,20 @@ LORA_EXT_HOST_DEVICE constexpr int64_t merge_segments(int64_t in_features) {
 }
 
 // Maps an element's bits to an integer that grows with the element's value; its own inverse. Arithmetic on it wraps.
-LORA_EXT_HOST_DEVICE inline uint16_t ordered(uint16_t bits) {
-  return static_cast<uint16_t>(bits & 0x8000u ? bits ^ 0x7FFFu : bits);
-}
-LORA_EXT_HOST_DEVICE inline uint32_t ordered(uint32_t bits) { return bits >> 31 ? bits ^ 0x7FFFFFFFu : bits; }
-LORA_EXT_HOST_DEVICE inline uint64_t ordered(uint64_t bits) { return bits >> 63 ? bits ^ 0x7FFFFFFFFFFFFFFFull : bits; }
-
-LORA_EXT_HOST_DEVICE inline int16_t correction_of(uint16_t original, uint16_t candidate) {
-  return static_cast<int16_t>(ordered(original) - ordered(candidate));
-}
-LORA_EXT_HOST_DEVICE inline int32_t correction_of(uint32_t original, uint32_t candidate) {
-  return static_cast<int32_t>(ordered(original) - ordered(candidate));
-}
-LORA_EXT_HOST_DEVICE inline int64_t correction_of(uint64_t original, uint64_t candidate) {
-  return static_cast<int64_t>(ordered(original) - ordered(candidate));
+template <class Word>
+LORA_EXT_HOST_DEVICE constexpr Word ordered(Word bits) {
+  constexpr Word kSign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
+  return static_cast<Word>(bits & kSign ? bits ^ (kSign - 1) : bits);
 }
 
-LORA_EXT_HOST_DEVICE inline uint16_t corrected(uint16_t candidate, int correction) {
-  return ordered(static_cast<uint16_t>(ordered(candidate) + static_cast<uint16_t>(correction)));
+template <class Word>
+LORA_EXT_HOST_DEVICE constexpr std::make_signed_t<Word> correction_of(Word original, Word candidate) {
+  return static_cast<std::make_signed_t<Word>>(ordered(original) - ordered(candidate));
 }
-LORA_EXT_HOST_DEVICE inline uint32_t corrected(uint32_t candidate, int correction) {
-  return ordered(ordered(candidate) + static_cast<uint32_t>(correction));
-}
-LORA_EXT_HOST_DEVICE inline uint64_t corrected(uint64_t candidate, int correction) {
-  return ordered(ordered(candidate) + static_cast<uint64_t>(static_cast<int64_t>(correction)));
+
+template <class Word>
+LORA_EXT_HOST_DEVICE constexpr Word corrected(Word candidate, int correction) {
+  return ordered(static_cast<Word>(ordered(candidate) + static_cast<Word>(correction)));
 }
 
 LORA_EXT_HOST_DEVICE inline uint16_t correction_word(int col, int correction) {

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <vector>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -62,36 +64,27 @@ inline bool runs_here(Isa isa) {
   return isa == Isa::kGeneric;
 }
 
-// Finds the best instruction set that runs here, or the one called `wanted`; null or empty: any.
-inline bool find_isa(const char* wanted, Isa* found) {
-  for (const Isa isa : kBestFirst) {
-    if (runs_here(isa) && (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa_name(isa)) == 0)) {
-      *found = isa;
-      return true;
-    }
-  }
-  return false;
-}
-
-// Selects the best one that this machine runs, or the one that the environment variable LORA_EXT_CPU_ISA names; once
-// per process. Returns false if LORA_EXT_CPU_ISA names one that does not exist or does not run here.
-inline bool select_isa(Isa* selected) {
-  static Isa isa = Isa::kGeneric;
-  static const bool found = find_isa(std::getenv("LORA_EXT_CPU_ISA"), &isa);
-  *selected = isa;
-  return found;
-}
-
-// Comma-separated names of the instruction sets that this machine runs, best first.
-inline const char* available_isas() {
-  static const std::string names = [] {
-    std::string joined;
+// The best one that this machine runs, or the one that the environment variable LORA_EXT_CPU_ISA names; selected once
+// per process. None: LORA_EXT_CPU_ISA names one that does not exist or does not run here.
+inline std::optional<Isa> selected_isa() {
+  static const std::optional<Isa> selected = []() -> std::optional<Isa> {
+    const char* wanted = std::getenv("LORA_EXT_CPU_ISA");
     for (const Isa isa : kBestFirst) {
-      if (runs_here(isa)) joined += (joined.empty() ? "" : ",") + std::string(isa_name(isa));
+      const bool is_wanted = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa_name(isa)) == 0;
+      if (is_wanted && runs_here(isa)) return isa;
     }
-    return joined;
+    return std::nullopt;
   }();
-  return names.c_str();
+  return selected;
+}
+
+// The names of the instruction sets that this machine runs, best first.
+inline std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : kBestFirst) {
+    if (runs_here(isa)) names.emplace_back(isa_name(isa));
+  }
+  return names;
 }
 
 // The most tokens that our kernel multiplies by a frozen weight, which it reads once (gemm/few_tokens.inc). For more,
@@ -106,24 +99,21 @@ constexpr int64_t few_tokens(Isa isa, DType dtype) {
 
 // Who multiplies many tokens by a frozen weight: our kernel (gemm/many_tokens.inc) or the library behind nn.Linear.
 // Measured on AMD's processors with AVX-512 only (benchmarks/NOTES.md), so everywhere else it is the library, unless
-// the environment variable LORA_EXT_BASE_PRODUCT says "own". Once per process; false if the variable says something
+// the environment variable LORA_EXT_BASE_PRODUCT says "own". Once per process; none if the variable says something
 // else.
-inline bool select_base_product(bool* is_own) {
-  const auto find = [](bool* own) {
+inline std::optional<bool> has_own_base_product() {
+  static const std::optional<bool> is_own = []() -> std::optional<bool> {
     const char* wanted = std::getenv("LORA_EXT_BASE_PRODUCT");
-    if (wanted != nullptr && *wanted != '\0') {
-      *own = std::strcmp(wanted, "own") == 0;
-      return *own || std::strcmp(wanted, "library") == 0;
-    }
+    if (wanted != nullptr && std::strcmp(wanted, "own") == 0) return true;
+    if (wanted != nullptr && std::strcmp(wanted, "library") == 0) return false;
+    if (wanted != nullptr && *wanted != '\0') return std::nullopt;
 #if defined(__x86_64__)
-    *own = __builtin_cpu_is("amd") && runs_here(Isa::kAvx512);
+    return __builtin_cpu_is("amd") && runs_here(Isa::kAvx512);
+#else
+    return false;
 #endif
-    return true;
-  };
-  static bool own = false;
-  static const bool found = find(&own);
-  *is_own = own;
-  return found;
+  }();
+  return is_own;
 }
 
 }  // namespace lora_ext::cpu

@@ -195,17 +195,13 @@ class PlanRunner : Launcher {
   float* const sums_;      // xa or grad_xa [num_tokens, max_rank]
 };
 
-template <class T>
-void run_launches(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
-  PlanRunner<T> runner(call, plan, scratch, stream);
-  for (const PlannedLaunch& launch : plan.launches) runner.run(launch);
-}
-
 }  // namespace grouped
 
 void run_plan(const GroupedCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
-  with_16_bit_type_of(call.dtype(),
-                      [&]<class T>(std::type_identity<T>) { grouped::run_launches<T>(call, plan, scratch, stream); });
+  with_16_bit_type_of(call.dtype(), [&]<class T>(std::type_identity<T>) {
+    grouped::PlanRunner<T> runner(call, plan, scratch, stream);
+    for (const PlannedLaunch& launch : plan.launches) runner.run(launch);
+  });
 }
 
 }  // namespace lora_ext::cuda

@@ -25,7 +25,7 @@ class GroupedPlanner {
   Plan plan() {
     const auto num_entries = static_cast<int64_t>(call_.entries.size());
     if (num_entries > kInlineEntries) {
-      plan_.scratch.entries = carver_.take(num_entries * static_cast<int64_t>(sizeof(GroupedEntry)));
+      plan_.scratch.entries = plan_.scratch.take(num_entries * static_cast<int64_t>(sizeof(GroupedEntry)));
       for (int64_t first = 0; first < num_entries; first += kInlineEntries) {
         plan_.add({.kernel = Kernel::kWriteEntries,
                    .result = Result::kFactors,
@@ -35,7 +35,6 @@ class GroupedPlanner {
       }
     }
     call_.forward ? plan_forward(*call_.forward) : plan_backward(*call_.backward);
-    plan_.scratch.bytes = carver_.total_bytes();
     return std::move(plan_);
   }
 
@@ -56,7 +55,7 @@ class GroupedPlanner {
   void plan_few_rows(const LoraGroupedForwardParams& p) {
     const int64_t wanted = ceil_div(2 * gpu_.sms, std::max<int64_t>(rows_.num_tokens, 1));
     split_features(p.in_features, wanted, kRangeStep, 0);
-    plan_.scratch.rank_partials = carver_.take(rows_.num_tokens * p.max_rank * plan_.xa.ranges * kFloat);
+    plan_.scratch.rank_partials = plan_.scratch.take(rows_.num_tokens * p.max_rank * plan_.xa.ranges * kFloat);
     plan_.add({.kernel = Kernel::kFewRowsShrink, .result = Result::kXa, .grid_x = rows_.num_tokens * plan_.xa.ranges});
     const int64_t tiles = std::max<int64_t>(ceil_div(p.out_features, kThreads), 1);
     plan_.add({.kernel = Kernel::kFewRowsExpand,
@@ -67,11 +66,11 @@ class GroupedPlanner {
   }
 
   void plan_index(bool has_chunks) {
-    plan_.scratch.order = carver_.take(rows_.num_entries * 4);
-    plan_.scratch.begin = carver_.take((rows_.num_groups + kMoreGroups + 1) * 4);
-    plan_.scratch.tiles = carver_.take(num_tiles(rows_) * 4);
-    plan_.scratch.chunks = carver_.take(has_chunks ? num_chunks(rows_) * 4 : 0);
-    plan_.scratch.counts = carver_.take((rows_.num_groups + kMoreGroups) * index_warps(rows_) * 4);
+    plan_.scratch.order = plan_.scratch.take(rows_.num_entries * 4);
+    plan_.scratch.begin = plan_.scratch.take((rows_.num_groups + kMoreGroups + 1) * 4);
+    plan_.scratch.tiles = plan_.scratch.take(num_tiles(rows_) * 4);
+    plan_.scratch.chunks = plan_.scratch.take(has_chunks ? num_chunks(rows_) * 4 : 0);
+    plan_.scratch.counts = plan_.scratch.take((rows_.num_groups + kMoreGroups) * index_warps(rows_) * 4);
     plan_.add({.kernel = Kernel::kGroupIndex, .result = Result::kIndex, .grid_x = 1, .threads = kIndexThreads});
   }
 
@@ -88,7 +87,7 @@ class GroupedPlanner {
     const int64_t tiles = std::max<int64_t>(ceil_div(rows_.num_tokens, kTileRows), 1);
     split_features(features, std::clamp<int64_t>(2 * gpu_.sms / tiles, 1, kMostRanges), kStep, 1);
     const int64_t sums = rows_.num_tokens * max_rank;
-    if (plan_.xa.ranges > 1) plan_.scratch.rank_partials = carver_.take(sums * plan_.xa.ranges * kFloat);
+    if (plan_.xa.ranges > 1) plan_.scratch.rank_partials = plan_.scratch.take(sums * plan_.xa.ranges * kFloat);
     const bool is_small = max_rank <= kSmallRanks;
     const int ranks = is_small ? kSmallRanks : kLargeRanks;
     const int64_t rank_tiles = ceil_div(max_rank, ranks);
@@ -122,12 +121,12 @@ class GroupedPlanner {
     }
     plan_index(true);
     if (p.wants_grad_x || wants_A) {
-      plan_.scratch.grad_xa = carver_.take(rows_.num_tokens * p.max_rank * kFloat);
+      plan_.scratch.grad_xa = plan_.scratch.take(rows_.num_tokens * p.max_rank * kFloat);
       plan_shrink(Result::kGradXa, p.out_features, p.max_rank);
     }
     if (p.wants_grad_x) plan_expand(Result::kGradX, p.in_features);
     const int64_t features = std::max(wants_A ? p.in_features : 0, wants_B ? p.out_features : 0);
-    plan_.scratch.factor_partials = carver_.take(partial_chunks(rows_) * p.max_rank * features * kFloat);
+    plan_.scratch.factor_partials = plan_.scratch.take(partial_chunks(rows_) * p.max_rank * features * kFloat);
     if (wants_A) plan_factor_sums(Result::kGradLoraA, p.in_features, p.max_rank);
     if (wants_B) plan_factor_sums(Result::kGradLoraB, p.out_features, p.max_rank);
   }
@@ -153,7 +152,6 @@ class GroupedPlanner {
   const GroupedRows& rows_;
   const Gpu& gpu_;
   Plan plan_;
-  WorkspaceCarver carver_;
 };
 
 }  // namespace

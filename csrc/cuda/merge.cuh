@@ -11,6 +11,7 @@
 #include "merge.h"
 #include "ptx.cuh"
 #include "merge_elements.cuh"
+#include "sums.cuh"
 
 namespace lora_ext::cuda {
 
@@ -75,18 +76,6 @@ __device__ __forceinline__ int shared_column(int col) {
   constexpr int kVec = LaneElements<T>::kVec, kChunk = 16 / static_cast<int>(sizeof(Acc<T>));
   const int lane = col % (32 * kVec) / kVec, element = col / (32 * kVec) * kVec + col % kVec;
   return element / kChunk * 32 * kChunk + lane * kChunk + element % kChunk;
-}
-
-// Returns a warp's exclusive prefix sum; total: the sum of all lanes.
-__device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(0xFFFFFFFFu, sum, step);
-    if (lane >= step) sum += below;
-  }
-  *total = __shfl_sync(0xFFFFFFFFu, sum, 31);
-  return sum - value;
 }
 
 __device__ __forceinline__ void add_count(int64_t* total, int count) {
@@ -157,7 +146,7 @@ __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLa
     if (col >= cols || (at > 0 && word_column(record[at - 1]) == col)) continue;
     int correction = 0;
     for (int i = at; i < words && word_column(record[i]) == col; ++i) correction += word_correction(record[i]);
-    weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), correction));
+    weight[col] = element_of<T>(corrected(bits_of(weight[col]), correction));
   }
 }
 
@@ -171,8 +160,9 @@ __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunc
   LaneElements<T> result;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    result.set(i, kMode == MergeMode::kUnmerge ? candidate_of<T>(original.word(i), update[i], rounding, i)
-                                               : rounding.template round<T>(sum_of<T>(original.word(i), update[i]), i));
+    result.set(i, kMode == MergeMode::kUnmerge
+                      ? candidate_of<T>(original.word(i), update[i], rounding, i)
+                      : rounding.template round<T, false>(sum_of<T>(original.word(i), update[i]), i));
   }
   if constexpr (kMode == MergeMode::kPlan) {
     int counts = count_lane(original, result, update, rounding, cols, lane);

@@ -12,23 +12,14 @@ namespace lora_ext::cuda {
 __device__ __forceinline__ float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_rn(double a, double b, double c) { return fma(a, b, c); }
 
-template <class T>
-__device__ __forceinline__ Word<T> word_of(T element) {
-  return bits_of(element);
-}
-
-// --- how a merge rounds its sums ---
+// --- how a merge rounds its sums; kBack: what unmerging computes ---
 
 struct Nearest {
   __device__ Nearest(const MergeLayer&, int, int) {}
 
-  template <class T>
+  template <class T, bool kBack>
   __device__ __forceinline__ Word<T> round(Acc<T> sum, int) const {
     return bits_of(from_acc<T>(sum));
-  }
-  template <class T>
-  __device__ __forceinline__ Word<T> round_back(Acc<T> sum, int i) const {
-    return round<T>(sum, i);
   }
 };
 
@@ -47,17 +38,9 @@ struct Stochastic {
       : words(philox_block(layer.seed, layer.first_row + after_stores(row), static_cast<uint32_t>(block))) {}
 
   // With the number n of column i, or with 65535 - n.
-  template <class T>
+  template <class T, bool kBack>
   __device__ __forceinline__ Word<T> round(float sum, int i) const {
-    return round_with<T>(sum, philox_number(words, i));
-  }
-  template <class T>
-  __device__ __forceinline__ Word<T> round_back(float sum, int i) const {
-    return round_with<T>(sum, philox_number(words, i) ^ 0xFFFFu);
-  }
-
-  template <class T>
-  static __device__ __forceinline__ Word<T> round_with(float sum, uint32_t number) {
+    const uint32_t number = philox_number(words, i) ^ (kBack ? 0xFFFFu : 0u);
     const uint32_t bits = __float_as_uint(sum), magnitude = bits & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return bits_of(from_acc<T>(sum));  // NaN
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -79,7 +62,7 @@ __device__ __forceinline__ Acc<T> sum_of(Word<T> weight, Acc<T> update) {
 // The element before the merge, up to its correction: round'(acc(merged) - update).
 template <class T, class Rounding>
 __device__ __forceinline__ Word<T> candidate_of(Word<T> merged, Acc<T> update, const Rounding& rounding, int i) {
-  return rounding.template round_back<T>(sum_of<T>(merged, -update), i);
+  return rounding.template round<T, true>(sum_of<T>(merged, -update), i);
 }
 
 template <class T>
@@ -168,7 +151,7 @@ struct LaneElements {
         for (int i = 0; i < 4; ++i) units[4 * group + i] = 0;
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          if (col + i < cols) set(group * kVec + i, word_of<T>(row[col + i]));
+          if (col + i < cols) set(group * kVec + i, bits_of(row[col + i]));
         }
       }
     }

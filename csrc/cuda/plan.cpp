@@ -29,7 +29,7 @@ int64_t steps_per_piece(int64_t count, int64_t pieces) {
 }
 
 PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
-  using Tiles = ShrinkTiles<static_cast<int>(kRankTile)>;  // tokens and features are the same in all
+  using Tiles = ShrinkTiles<kRankTile>;  // tokens and features are the same in all
   const int64_t chunks = ceil_div(num_tokens, Tiles::kTokens);
   const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, rank_tile(rank)), 1);
   // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
@@ -43,7 +43,7 @@ PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, co
 }
 
 PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
-  using Tiles = TokenSumTiles<static_cast<int>(kRankTile)>;
+  using Tiles = TokenSumTiles<kRankTile>;
   const int64_t ranges = ceil_div(features, Tiles::kFeatures);
   const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, rank_tile(rank)), 1);
   // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
@@ -53,7 +53,7 @@ PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank,
   return {ranges, Tiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * Tiles::kTokens};
 }
 
-using FusedTiles = ShrinkAndSumTiles<static_cast<int>(kMaxFusedRank)>;
+using FusedTiles = ShrinkAndSumTiles<kMaxFusedRank>;
 
 // Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
 // equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
@@ -91,13 +91,6 @@ uint32_t shrink_and_sum_shared_bytes(int64_t ranks) {
   return ranks == kSmallRankTile ? ShrinkAndSumTiles<kSmallRankTile>::kSharedBytes : FusedTiles::kSharedBytes;
 }
 
-template <int kTokenTiles>
-uint32_t few_tokens_shared_bytes(int row_tiles) {
-  return row_tiles == 1   ? FewTokensTiles<kTokenTiles, 1>::kSharedBytes
-         : row_tiles == 2 ? FewTokensTiles<kTokenTiles, 2>::kSharedBytes
-                          : FewTokensTiles<kTokenTiles, 3>::kSharedBytes;
-}
-
 // The output of an expand: one sibling's y, or grad_x, to which all siblings are one of the sum of their ranks.
 struct ExpandOutputShape {
   int64_t cols, rank;
@@ -117,7 +110,6 @@ class Planner {
     if (call_.expand_backward) plan_grad_y();
     if (call_.shrink_backward) plan_shrink_backward();
     if (call_.expand_backward || call_.shrink_backward) plan_gradients();
-    plan_.scratch.bytes = carver_.total_bytes();
     return std::move(plan_);
   }
 
@@ -135,7 +127,7 @@ class Planner {
       partial = partial || ranges_of(s) != 1;
       most = std::max(most, ranges_of(s));
     }
-    if (partial) plan_.scratch.rank_partials = carver_.take(most * p.num_tokens * p.total_rank * kFloat);
+    if (partial) plan_.scratch.rank_partials = plan_.scratch.take(most * p.num_tokens * p.total_rank * kFloat);
     pending_ = partial;
   }
 
@@ -149,11 +141,12 @@ class Planner {
   }
 
   void add_shrink(Result result, const PassSplit& split, int64_t rank, bool draws, int sibling) {
-    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
+    const int ranks = rank_tile(rank);
+    const int64_t tiles = ceil_div(rank, ranks);
     const auto add_tiles = [&](int64_t first, int64_t count) {
       plan_.add({.kernel = Kernel::kShrink,
                  .result = result,
-                 .variant = static_cast<int>(ranks),
+                 .variant = ranks,
                  .grid_x = count * split.ranges * split.chunks,
                  .shared_bytes = shared_bytes_of_tiles<LayerShrinkTiles>(ranks),
                  .sibling = sibling,
@@ -243,7 +236,7 @@ class Planner {
     }
     plan_.add({.kernel = Kernel::kExpandShort,
                .result = result,
-               .variant = rank <= 16 ? 1 : static_cast<int>(kShortRank / 16),
+               .variant = rank <= 16 ? 1 : kShortRank / 16,
                .grid_x = row_tiles,
                .grid_y = col_tiles,
                .shared_bytes = shared_bytes_of(split.factor_tile_elements * 2)});
@@ -265,14 +258,15 @@ class Planner {
   bool streams_weights() const {
     if (call_.weights == nullptr) return false;
     const LoraShrinkParams& shrink = *call_.shrink;
+    if (shrink.num_tokens == 0 || shrink.num_tokens > kFewTokens) return false;
+    if (shrink.in_features == 0 || shrink.in_features % kFewTokensStep != 0) return false;
     const auto aligned = [](const void* pointer, int64_t stride) {
       return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
     };
     if (!aligned(shrink.x, shrink.x_stride)) return false;
     for (int s = 0; s < shrink.num_siblings; ++s) {
       const LoraExpandSibling& sibling = call_.expand->siblings[s];
-      const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
-                         sibling.out_features > 0 && sibling.base == nullptr;
+      const bool suits = sibling.rank <= kFewTokensRank && sibling.out_features > 0 && sibling.base == nullptr;
       const BaseWeights& weights = *call_.weights;
       if (!suits || weights.column_strides[s] != 1 || !aligned(weights.data[s], weights.strides[s])) return false;
     }
@@ -306,16 +300,13 @@ class Planner {
     const LoraExpandParams& p = *call_.expand;
     const int token_tiles = p.num_tokens <= 8 ? 1 : p.num_tokens <= 16 ? 2 : 4;
     const int64_t blocks = divide_rows(token_tiles);
-    const auto shared_bytes = token_tiles == 1   ? &few_tokens_shared_bytes<1>
-                              : token_tiles == 2 ? &few_tokens_shared_bytes<2>
-                                                 : &few_tokens_shared_bytes<4>;
     plan_.y.adds_partials = pending_;
     pending_ = false;
     plan_.add({.kernel = Kernel::kFewTokens,
                .result = Result::kY,
                .variant = token_tiles,
                .grid_x = blocks,
-               .shared_bytes = shared_bytes(plan_.row_tiles)});
+               .shared_bytes = few_tokens_shared_bytes(8 * token_tiles, 16 * plan_.row_tiles)});
   }
 
   // --- the backward ---
@@ -345,10 +336,11 @@ class Planner {
   }
 
   void add_token_sum(Result result, const PassSplit& split, int64_t rank, bool has_mask, int sibling) {
-    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
+    const int ranks = rank_tile(rank);
+    const int64_t tiles = ceil_div(rank, ranks);
     plan_.add({.kernel = Kernel::kTokenSum,
                .result = result,
-               .variant = static_cast<int>(ranks),
+               .variant = ranks,
                .grid_x = tiles * split.ranges * split.chunks,
                .shared_bytes = token_sum_shared_bytes(ranks, has_mask),
                .sibling = sibling,
@@ -357,7 +349,7 @@ class Planner {
 
   // The sums of a gradient's chunks. Partial sums over tokens are written in pairs.
   int64_t take_partials(const PassSplit& split, int64_t rank, int64_t features) {
-    return carver_.take(split.chunks * rank * partial_pitch(features) * kFloat);
+    return plan_.scratch.take(split.chunks * rank * partial_pitch(features) * kFloat);
   }
 
   // One read of grad_y makes both sums, in one launch for all siblings, unless there are many ranks.
@@ -365,7 +357,7 @@ class Planner {
     const LoraExpandBackwardParams& p = *call_.expand_backward;
     if (p.wants_grad_xa) plan_partials(p, [&](int s) { return plan_.grad_y[s].ranks.ranges; });
     if (p.wants_grad_xa && call_.shrink_backward) {
-      plan_.scratch.grad_xa = carver_.take(p.num_tokens * p.total_rank * kFloat);
+      plan_.scratch.grad_xa = plan_.scratch.take(p.num_tokens * p.total_rank * kFloat);
     }
     int64_t blocks = 0, ranks = 0;
     for (int s = 0; s < p.num_siblings; ++s) {
@@ -383,10 +375,10 @@ class Planner {
       if (p.wants_grad_xa) add_shrink(Result::kGradXa, pass.ranks, sibling.rank, false, s);
       if (p.wants_grad_lora_B) add_token_sum(Result::kGradLoraB, pass.features, sibling.rank, false, s);
     }
-    const int64_t variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
+    const int variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
     plan_.add({.kernel = Kernel::kShrinkAndSum,
                .result = Result::kGradXa,
-               .variant = static_cast<int>(variant),
+               .variant = variant,
                .grid_x = blocks,
                .shared_bytes = shrink_and_sum_shared_bytes(variant)});
     if (!call_.shrink_backward) add_partials(p, Result::kGradXa);
@@ -430,7 +422,6 @@ class Planner {
   const LoraCall& call_;
   const Gpu& gpu_;
   Plan plan_;
-  WorkspaceCarver carver_;
   bool pending_ = false;  // the partial sums of xa or grad_xa are still to be added
 };
 

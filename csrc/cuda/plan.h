@@ -72,45 +72,33 @@ struct GroupedCall {
 
 constexpr int64_t kMostGroupedRows = 2147483647;  // that the index takes
 
-enum class Kernel : uint8_t {
-  kShrink,
-  kShrinkAndSum,
-  kTokenSum,
-  kRankSums,
-  kExpandShort,
-  kExpandLong,
-  kFewTokens,
-  kGradientSums,
-  // of lora_grouped_:
-  kWriteEntries,
-  kDropoutMask,
-  kGroupIndex,
-  kFewRowsShrink,
-  kFewRowsExpand,
-  kGroupedShrink,
-  kGroupedExpand,
-  kGroupedFactorSums,
-  kGroupedChunkSums,
-};
-// The names of the kernels in the order of the enum: those of their functions, without "_kernel".
-inline constexpr const char* kKernelNames[] = {"shrink",
-                                               "shrink_and_sum",
-                                               "token_sum",
-                                               "rank_sums",
-                                               "expand_short",
-                                               "expand_long",
-                                               "few_tokens",
-                                               "gradient_sums",
-                                               "write_entries",
-                                               "dropout_mask",
-                                               "group_index",
-                                               "few_rows_shrink",
-                                               "few_rows_expand",
-                                               "grouped_shrink",
-                                               "grouped_expand",
-                                               "grouped_factor_sums",
-                                               "grouped_chunk_sums"};
-static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kGroupedChunkSums) + 1);
+// X(constant, name) for each kernel. Its name is that of its function, without "_kernel".
+#define LORA_EXT_CUDA_KERNELS(X)             \
+  X(kShrink, shrink)                         \
+  X(kShrinkAndSum, shrink_and_sum)           \
+  X(kTokenSum, token_sum)                    \
+  X(kRankSums, rank_sums)                    \
+  X(kExpandShort, expand_short)              \
+  X(kExpandLong, expand_long)                \
+  X(kFewTokens, few_tokens)                  \
+  X(kGradientSums, gradient_sums)            \
+  /* of lora_grouped_: */                    \
+  X(kWriteEntries, write_entries)            \
+  X(kDropoutMask, dropout_mask)              \
+  X(kGroupIndex, group_index)                \
+  X(kFewRowsShrink, few_rows_shrink)         \
+  X(kFewRowsExpand, few_rows_expand)         \
+  X(kGroupedShrink, grouped_shrink)          \
+  X(kGroupedExpand, grouped_expand)          \
+  X(kGroupedFactorSums, grouped_factor_sums) \
+  X(kGroupedChunkSums, grouped_chunk_sums)
+
+#define LORA_EXT_CONSTANT(constant, name) constant,
+enum class Kernel : uint8_t { LORA_EXT_CUDA_KERNELS(LORA_EXT_CONSTANT) };
+#undef LORA_EXT_CONSTANT
+#define LORA_EXT_NAME(constant, name) #name,
+inline constexpr const char* kKernelNames[] = {LORA_EXT_CUDA_KERNELS(LORA_EXT_NAME)};
+#undef LORA_EXT_NAME
 
 // The result that a launch computes. shrink_and_sum computes grad_lora_B, too.
 enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients, kMask, kIndex };
@@ -170,6 +158,13 @@ struct Scratch {
   int64_t bytes = 0;
 
   Scratch() { partial_B.fill(kNone); }
+  // Returns the offset of the next part.
+  int64_t take(int64_t part_bytes) {
+    constexpr int64_t kAlignment = 256;  // that of the caching allocator's blocks
+    const int64_t offset = bytes;
+    bytes += ceil_div(part_bytes, kAlignment) * kAlignment;
+    return offset;
+  }
 };
 
 struct Plan {

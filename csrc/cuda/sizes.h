@@ -20,20 +20,4 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block, where a ke
 constexpr int kEight = 8;  // neighbouring elements: 16 bytes of a 16-bit dtype, the bits of a byte of the dropout mask
 constexpr int kSumElements = 64;  // of a block that adds partial sums
 
-// Divides the scratch memory of a call into parts.
-class WorkspaceCarver {
- public:
-  // Returns the byte offset of the next `bytes` bytes.
-  int64_t take(int64_t bytes) {
-    constexpr int64_t kAlignment = 256;  // the alignment of the caching allocator's blocks
-    const int64_t offset = total_bytes_;
-    total_bytes_ += ceil_div(bytes, kAlignment) * kAlignment;
-    return offset;
-  }
-  int64_t total_bytes() const { return total_bytes_; }
-
- private:
-  int64_t total_bytes_ = 0;
-};
-
 }  // namespace lora_ext::cuda

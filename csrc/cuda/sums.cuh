@@ -1,5 +1,5 @@
 // Sums that several blocks make: where the passes over x and grad_y write their partial sums, and the kernels that add
-// these in a fixed order, without atomics: the same bits on every run.
+// these in a fixed order, without atomics: the same bits on every run. And running sums.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,18 @@
 #include "ptx.cuh"
 
 namespace lora_ext::cuda {
+
+// Returns a warp's exclusive prefix sum; total: the sum of all lanes.
+__device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int below = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+    if (lane >= step) sum += below;
+  }
+  *total = __shfl_sync(0xFFFFFFFFu, sum, 31);
+  return sum - value;
+}
 
 // --- a value for every rank. Siblings' ranks stand side by side; each sibling has its own value, such as its scale ---
 

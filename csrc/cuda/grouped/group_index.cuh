@@ -132,16 +132,11 @@ class WarpEntries {
 // Returns the sum of the values of all threads before this one. Every thread of the block must call it.
 __device__ __forceinline__ int sum_before(int value, int (&sum_of_warp)[kIndexThreads / 32]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  int sum = value;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  if (lane == 31) sum_of_warp[warp] = sum;
+  int total, sum = exclusive_sum(value, lane, &total);
+  if (lane == 0) sum_of_warp[warp] = total;
   __syncthreads();
   for (int w = 0; w < warp; ++w) sum += sum_of_warp[w];
-  return sum - value;
+  return sum;
 }
 
 __global__ void __launch_bounds__(kIndexThreads) group_index_kernel(const __grid_constant__ GroupIndexParams p) {

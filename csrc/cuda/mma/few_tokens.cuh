@@ -45,13 +45,13 @@ struct StreamedOperands {
   uint4 x[kTokenTiles][2];        // [tile][half]
 };
 
+// kTokenTiles: of 8 tokens; kRowTiles: of 16 rows of a weight
 template <class T, int kTokenTiles, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 2 : 1)
     few_tokens_kernel(const __grid_constant__ FewTokensParams p) {
   ptx::wait_for_earlier_launches();
-  using Tiles = FewTokensTiles<kTokenTiles, kRowTiles>;
-  constexpr int kRows = Tiles::kRows, kTokens = Tiles::kTokens, kPitch = Tiles::kPitch;
-  constexpr int kRankPitch = Tiles::kRankPitch;
+  constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kPitch = few_tokens_pitch(kTokens);
+  constexpr int kRankPitch = kFewTokensRankPitch, kStep = 64;  // in_features of a warp's step
   SharedMemory memory;
   float* shares = memory.take<float>(kWarps * kRows * kPitch, "shares");  // [warp][row][token]
   float* xa_tile = memory.take<float>(kTokens * kRankPitch, "xa");        // [token][rank]
@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 2 : 1)
 
   float sum[kRowTiles][kTokenTiles][4] = {};
   StreamedOperands<kRowTiles, kTokenTiles> next;
-  load_operands(warp * Tiles::kStep, next);
+  load_operands(warp * kStep, next);
 #pragma unroll 1
-  for (int64_t step0 = warp * Tiles::kStep; step0 < p.in_features; step0 += kWarps * Tiles::kStep) {
+  for (int64_t step0 = warp * kStep; step0 < p.in_features; step0 += kWarps * kStep) {
     const StreamedOperands<kRowTiles, kTokenTiles> operands = next;
-    load_operands(step0 + kWarps * Tiles::kStep, next);  // zeros beyond the end
+    load_operands(step0 + kWarps * kStep, next);  // zeros beyond the end
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -59,7 +59,8 @@ class PlanRunner : Launcher {
       case Kernel::kTokenSum: return run_token_sum(launch);
       case Kernel::kRankSums: return start(launch, &rank_sums_kernel<float>, rank_sums_params());
       case Kernel::kExpandShort:
-        return start(launch, launch.variant == 1 ? &expand_short_kernel<T, 1> : &expand_short_kernel<T, kShortSteps>,
+        return start(launch,
+                     launch.variant == 1 ? &expand_short_kernel<T, 1> : &expand_short_kernel<T, kShortRank / 16>,
                      expand_params(launch.result));
       case Kernel::kExpandLong:
         return start(launch, launch.result == Result::kY ? &expand_long_kernel<T, true> : &expand_long_kernel<T, false>,
@@ -71,11 +72,6 @@ class PlanRunner : Launcher {
   }
 
  private:
-  static constexpr int kShortSteps = static_cast<int>(kShortRank / 16);
-  static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
-  static constexpr int kLargeRanks = static_cast<int>(kLargeRankTile);
-  static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
-
   // sums: xa or grad_xa, of all siblings.
   template <class Params, class RangesOf>
   void set_sums(const Params& p, const void* sums, RangesOf ranges_of) {
@@ -164,10 +160,10 @@ class PlanRunner : Launcher {
     params.first_rank_tile = static_cast<unsigned>(launch.first_rank_tile);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
     if constexpr (kKeep != KeepBits::kRead) {  // one tile of ranks reads no mask
-      if (launch.variant == kSmallRanks) return start_shrink_of<kSmallRanks, kKeep>(launch, params);
-      if (launch.variant == kRanks) return start_shrink_of<kRanks, kKeep>(launch, params);
+      if (launch.variant == kSmallRankTile) return start_shrink_of<kSmallRankTile, kKeep>(launch, params);
+      if (launch.variant == kRankTile) return start_shrink_of<kRankTile, kKeep>(launch, params);
     }
-    start_shrink_of<kLargeRanks, kKeep>(launch, params);
+    start_shrink_of<kLargeRankTile, kKeep>(launch, params);
   }
 
   template <int kTileRanks, KeepBits kKeep, bool kOfB>
@@ -206,10 +202,10 @@ class PlanRunner : Launcher {
           .ranges = static_cast<unsigned>(pass.features.ranges),
           .first_block = grid_size(pass.first_block)};
     }
-    start(
-        launch,
-        launch.variant == kSmallRanks ? &shrink_and_sum_kernel<T, kSmallRanks> : &shrink_and_sum_kernel<T, kFusedRanks>,
-        params);
+    start(launch,
+          launch.variant == kSmallRankTile ? &shrink_and_sum_kernel<T, kSmallRankTile>
+                                           : &shrink_and_sum_kernel<T, kMaxFusedRank>,
+          params);
   }
 
   void run_token_sum(const PlannedLaunch& launch) {
@@ -231,9 +227,9 @@ class PlanRunner : Launcher {
     params.tokens_per_chunk = split->tokens_per_chunk;
     params.ranges = static_cast<unsigned>(split->ranges);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
-    if (launch.variant == kSmallRanks) return start_token_sum<kSmallRanks>(launch, params);
-    if (launch.variant == kRanks) return start_token_sum<kRanks>(launch, params);
-    start_token_sum<kLargeRanks>(launch, params);
+    if (launch.variant == kSmallRankTile) return start_token_sum<kSmallRankTile>(launch, params);
+    if (launch.variant == kRankTile) return start_token_sum<kRankTile>(launch, params);
+    start_token_sum<kLargeRankTile>(launch, params);
   }
 
   template <int kTileRanks>

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../../common/few_tokens.h"
 #include "../sizes.h"
 
 namespace lora_ext::cuda::mma {
@@ -14,15 +13,15 @@ constexpr int kChunk = 8;  // elements of 16 bytes, the unit of ldmatrix
 
 // Ranks of one read of x or grad_y, by shrink or token_sum: 16 are enough for most ranks in use, and leave room for
 // more tiles of x; of 128, one block fits on an SM, by its registers.
-constexpr int64_t kSmallRankTile = 16, kRankTile = 64, kLargeRankTile = 128;
+constexpr int kSmallRankTile = 16, kRankTile = 64, kLargeRankTile = 128;
 
-constexpr int64_t rank_tile(int64_t rank) {
+constexpr int rank_tile(int64_t rank) {
   return rank <= kSmallRankTile ? kSmallRankTile : rank <= kRankTile ? kRankTile : kLargeRankTile;
 }
 constexpr int blocks_per_sm(int64_t ranks) { return ranks > kRankTile ? 1 : 2; }
 
-constexpr int64_t kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
-constexpr int64_t kShortRank = 64;     // of expand_short
+constexpr int kMaxFusedRank = 32;  // of shrink_and_sum: both sums of more ranks do not fit in registers
+constexpr int kShortRank = 64;     // of expand_short
 
 // --- padding of factors: it reads as zero ---
 
@@ -110,16 +109,19 @@ constexpr int kLongRowWarps = 4, kLongColPieces = kLongCols / kPieceCols / (kWar
 constexpr int kLongRowPieces = 2;  // of a warp, where rows follow each other
 constexpr int kLongRows = kLongRowWarps * kLongRowPieces * kPieceRows;
 
-// kTokenTiles: of 8 tokens; kRowTiles: of 16 rows of a weight
-template <int kTokenTiles, int kRowTiles>
-struct FewTokensTiles {
-  static constexpr int kStep = 64;  // in_features of a warp's step
-  static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
-  static constexpr int kPitch = kTokens + 8;  // of a row of sums: pairs of eight rows are in different banks
-  static constexpr int kRankPitch = static_cast<int>(kFewTokensRank) + 1;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kWarps * kRows * kPitch * 4) +
-                                           shared_bytes_of(kTokens * kRankPitch * 4) +
-                                           shared_bytes_of(kRows * kRankPitch * 4);
-};
+// --- few_tokens: when it, and not the library's product, reads the weights of a forward ---
+
+constexpr int64_t kFewTokens = 32;     // of more, the library's product reads x less often
+constexpr int kFewTokensRank = 64;     // of a layer: xa and lora_B fit in shared memory
+constexpr int64_t kFewTokensStep = 8;  // in_features are read 16 bytes at a time
+
+constexpr int kFewTokensRankPitch = kFewTokensRank + 1;
+// Of a row of sums: pairs of eight rows are in different banks.
+constexpr int few_tokens_pitch(int tokens) { return tokens + 8; }
+
+constexpr uint32_t few_tokens_shared_bytes(int tokens, int rows) {
+  return shared_bytes_of(kWarps * rows * few_tokens_pitch(tokens) * 4) +
+         shared_bytes_of(tokens * kFewTokensRankPitch * 4) + shared_bytes_of(rows * kFewTokensRankPitch * 4);
+}
 
 }  // namespace lora_ext::cuda::mma
