@@ -29,7 +29,7 @@ help:
 	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common or $(EMULATOR)'
 	@echo 'make test-oldest  the tests next to the oldest releases of the dependencies that pyproject.toml takes (PYTEST_ARGS as above)'
 	@echo 'make coverage   which lines of lora_ext the tests run, in build/coverage; not a gate (PYTEST_ARGS as above)'
-	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
+	@echo 'make asan       op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try a planted bug'
 	@echo 'make sanitize-quick  a part of all three'
 	@echo 'make mutants    how many of 240 small faults planted in the CUDA kernels the tests of tests/simt find, and which they miss;'

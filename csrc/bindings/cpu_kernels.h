@@ -8,6 +8,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "../cpu/kernels.h"
 #include "tensors.h"
@@ -34,6 +37,17 @@ inline int64_t count_chunks(int64_t rows) {
   return blocks < threads ? blocks : threads;
 }
 
+// Lets `make asan` see an access between two parts of scratch memory, or behind the last one.
+#if defined(__SANITIZE_ADDRESS__)
+#define LORA_EXT_ALLOW(begin, bytes) __asan_unpoison_memory_region(begin, bytes)
+#define LORA_EXT_FORBID(begin, bytes) __asan_poison_memory_region(begin, bytes)
+constexpr int64_t kGap = 64;
+#else
+#define LORA_EXT_ALLOW(begin, bytes)
+#define LORA_EXT_FORBID(begin, bytes)
+constexpr int64_t kGap = 0;
+#endif
+
 // A thread's scratch memory, kept between calls. Allocating and freeing it each time would make the C library trim
 // its heap after the op, so that the outputs are page-faulted again: measured 1.50 against 1.17 of the frozen layer's
 // time at 1536 tokens, 384 wide, float32.
@@ -48,6 +62,8 @@ class ScratchMemory {
       memory_.reset(static_cast<char*>(memory));
       size_ = bytes;
     }
+    LORA_EXT_ALLOW(memory_.get(), bytes);
+    LORA_EXT_FORBID(memory_.get() + bytes, size_ - bytes);
     return memory_.get();
   }
 
@@ -74,22 +90,26 @@ class ScratchParts {
   void add(void** pointer, std::initializer_list<int64_t> sizes) {
     constexpr int64_t kLine = 64;
     const int64_t bytes = product(sizes);
-    parts_.push_back({pointer, total_});
-    if (__builtin_add_overflow(total_, bytes, &total_) || total_ > INT64_MAX - kLine) {
+    parts_.push_back({pointer, total_, bytes});
+    if (__builtin_add_overflow(total_, bytes, &total_) || total_ > INT64_MAX - 2 * kLine) {
       fail("sizes are too large for scratch memory");
     }
-    total_ = (total_ + kLine - 1) / kLine * kLine;
+    total_ = (total_ + kLine - 1) / kLine * kLine + kGap;
   }
   // Valid until this thread's next call.
   void allocate() const {
     char* const memory = scratch_memory(total_);
-    for (const Part& part : parts_) *part.pointer = memory + part.begin;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const auto& [pointer, begin, bytes] = parts_[i];
+      *pointer = memory + begin;
+      LORA_EXT_FORBID(memory + begin + bytes, (i + 1 < parts_.size() ? parts_[i + 1].begin : total_) - begin - bytes);
+    }
   }
 
  private:
   struct Part {
     void** pointer;
-    int64_t begin;
+    int64_t begin, bytes;
   };
   std::vector<Part> parts_;
   int64_t total_ = 0;

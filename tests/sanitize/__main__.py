@@ -1,4 +1,4 @@
-"""Runs the C++ tests, the op tests and the op fuzzer under a sanitizer, and checks that it finds a planted bug.
+"""Runs the op tests and the op fuzzer under a sanitizer, and checks that it finds a planted bug.
 
     PYTHONPATH=tests python -m sanitize asan ubsan tsan [--quick]
 
@@ -110,16 +110,13 @@ def check(sanitizer: Sanitizer, quick: bool) -> bool:
     begin = time.monotonic()
     runner = Runner(sanitizer)
     build, bug = runner.build, PLANTED[sanitizer.name]
-    program, package, planted = build.cpp_tests, build.package, build.planted_package(bug)
+    package, planted = build.package, build.planted_package(bug)
     runner.say(f"{sanitizer.title} of {compiler()}; built in {time.monotonic() - begin:.0f} s")
     isas = available_isas(package)
     tests = [str(ROOT / "tests" / f"{name}.py") for name in (QUICK_TESTS if quick else OP_TESTS)]
-    # This program contains only our code: every block that it does not free is a leak of the kernels or the tests.
-    leaks = {"detect_leaks": "1"} if sanitizer.name == "asan" else {}
     # The fuzzer limits its processes' address space, except under a sanitizer that takes terabytes of it.
     limits = {"max_allocation_size_mb": "1024"} if sanitizer.preload else {}
     steps = [
-        partial(runner.expect_clean, "C++ tests", [str(program)], ROOT, **leaks),
         partial(runner.expect_clean, "calls of the planted bug", [sys.executable, "-c", CALL], package, "generic"),
         partial(runner.expect_planted, planted, bug),
     ]

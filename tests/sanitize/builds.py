@@ -1,4 +1,4 @@
-"""Builds the package, the C++ tests and the library with planted bugs for a sanitizer.
+"""Builds the package and the library with planted bugs for a sanitizer.
 
 The flags are setup.py's, followed by the sanitizer's. Nothing is written to lora_ext: a copy of the package in
 build/sanitize/<sanitizer>/package is imported.
@@ -53,17 +53,6 @@ class Build:
         with self.cache.locked("objects"):
             made = self.cache.compile(folder / SOURCE, self._command(folder))
         return self._package("planted", {**self.objects, SOURCE: made})
-
-    @functools.cached_property
-    def cpp_tests(self) -> Path:
-        """The program of tests/cpp, linked with the library's torch-free objects."""
-        sources = [ROOT / "tests/cpp" / name for name in ("kernel_tests.cpp", "conversion_tests.cpp")]
-        kernels = [path for name, path in self.objects.items() if name.startswith("csrc/cpu/")]
-        with self.cache.locked("cpp"):
-            command = [compiler(), "-std=c++20", *_FLAGS, *self.sanitizer.flags, f"-I{ROOT / 'csrc'}"]
-            tests = self.cache.compile_all([(source, command) for source in sources])
-            link = [compiler(), *self.sanitizer.flags, "-pthread"]
-            return self.cache.link("kernel_tests", [*tests, *kernels], link, suffix="")
 
     @functools.cached_property
     def openmp(self) -> Path:

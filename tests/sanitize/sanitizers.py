@@ -95,7 +95,7 @@ SANITIZERS = {
         "libasan.so",
         "ASAN_OPTIONS",
         {
-            "detect_leaks": "0",  # python and torch keep thousands of blocks until the end; the C++ tests detect leaks
+            "detect_leaks": "0",  # python and torch keep thousands of blocks until the end
             "detect_stack_use_after_return": "1",
             "strict_init_order": "1",
             "allocator_may_return_null": "1",  # like malloc, so that the op reports impossible sizes
