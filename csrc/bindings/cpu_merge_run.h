@@ -2,8 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
-#include <vector>
+#include <cstdlib>
 
 #include "cpu_kernels.h"
 
@@ -15,29 +14,36 @@ class RecordBuffer {
  public:
   // Makes room for `more` words after those in use. Returns false, and keeps those in use, if memory is short.
   bool reserve(int64_t more) {
-    const size_t wanted = static_cast<size_t>(used_ + more);
-    if (wanted <= words_.size()) return true;
-    try {
-      words_.resize(wanted + static_cast<size_t>(used_ / 2));
-    } catch (const std::bad_alloc&) {
-      return false;
-    }
+    if (used_ + more <= capacity_) return true;
+    const int64_t wanted = used_ + more + used_ / 2;
+    void* grown = std::realloc(words_.get(), 2 * static_cast<size_t>(wanted));
+    if (grown == nullptr) return false;
+    (void)words_.release();  // realloc has freed it
+    words_.reset(static_cast<uint16_t*>(grown));
+    capacity_ = wanted;
     return true;
   }
   void append(int64_t words) { used_ += words; }
   void clear() {
-    constexpr size_t kKeptWords = 4 << 20;
+    constexpr int64_t kKeptWords = 4 << 20;
     used_ = 0;
-    if (words_.size() > kKeptWords) words_ = std::vector<uint16_t>();  // frees its memory
+    if (capacity_ > kKeptWords) {
+      words_.reset();
+      capacity_ = 0;
+    }
   }
 
-  uint16_t* begin() { return words_.data(); }
-  uint16_t* end() { return begin() + used_; }
+  uint16_t* begin() const { return words_.get(); }
+  uint16_t* end() const { return words_.get() + used_; }
   int64_t size() const { return used_; }
 
  private:
-  std::vector<uint16_t> words_;
+  struct Free {
+    void operator()(uint16_t* words) const { std::free(words); }
+  };
+  std::unique_ptr<uint16_t, Free> words_;
   int64_t used_ = 0;
+  int64_t capacity_ = 0;
 };
 
 // One call of a merge op. The constructor allocates all memory except that of records.
@@ -127,7 +133,8 @@ class MergeRun {
       memory_.chunks[i].place = total;
       total += memory_.chunks[i].records.size();
     }
-    for_chunks([&](Chunk& chunk) { std::copy(chunk.records.begin(), chunk.records.end(), corrections + chunk.place); });
+    for_chunks(
+        [&](const Chunk& chunk) { std::copy(chunk.records.begin(), chunk.records.end(), corrections + chunk.place); });
     current_ = nullptr;
   }
 
@@ -135,7 +142,7 @@ class MergeRun {
   void take_back() {
     if (current_ == nullptr) return;
     const MergeLayer& layer = *current_;
-    for_chunks([&](Chunk& chunk) {
+    for_chunks([&](const Chunk& chunk) {
       const RowRecords records{words_ + chunk.begin * merge_segments(layer.in_features), chunk.records.begin(),
                                chunk.records.size()};
       kernels_.unmerge(params_, layer, panels_, chunk.begin, chunk.done, records);
