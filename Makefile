@@ -26,7 +26,7 @@ help:
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
 	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
-	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common or $(EMULATOR)'
+	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common, csrc/bindings or $(EMULATOR)'
 	@echo 'make test-oldest  the tests next to the oldest releases of the dependencies that pyproject.toml takes (PYTEST_ARGS as above)'
 	@echo 'make coverage   which lines of lora_ext the tests run, in build/coverage; not a gate (PYTEST_ARGS as above)'
 	@echo 'make asan       op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'

@@ -1,5 +1,4 @@
 // The GPU that simt_bindings.h gives to csrc/bindings: tensors' memory is the runtime's, and products are the CPU's.
-#include <cstring>
 #include <string_view>
 #include <vector>
 

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from support import extension
 from support.object_cache import ROOT, ObjectCache
-from torch.utils import cpp_extension
 
 from . import cuda_headers
 
@@ -18,9 +18,7 @@ locked = _OBJECTS.locked
 
 COMMON_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 RUNTIME_FLAGS = [*COMMON_FLAGS, "-O2"]
-_TORCH = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-BINDING_FLAGS = [*COMMON_FLAGS, "-O1", *_TORCH, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-BINDING_FLAGS += ["-include", "simt_bindings.h"]
+BINDING_FLAGS = ["-g1", "-fPIC", "-O1", "-include", "simt_bindings.h"]  # after those of setup.py
 KERNEL_FLAGS = [
     *COMMON_FLAGS,
     "-O1",
@@ -55,9 +53,11 @@ def build_library(name: str, kernels: list[Path], others: Sequence[Path] = (), b
         jobs = [(path, command(KERNEL_FLAGS)) for path in kernels] + [(path, command(RUNTIME_FLAGS)) for path in plain]
         libraries = ["-ldl"]
         if bindings:
+            described = extension.describe()
+            flags = [*described.flags, *BINDING_FLAGS]
             sources = [SIMT / "bindings.cpp", *sorted((ROOT / "csrc/bindings").glob("cuda_*.cpp"))]
-            jobs += [(path, command(BINDING_FLAGS)) for path in sources]
-            libraries += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu"]
+            jobs += [(path, command(flags)) for path in sources]
+            libraries += [*(f"-L{path}" for path in described.library_dirs), "-ltorch_cpu"]
         library = _OBJECTS.link(name, _OBJECTS.compile_all(jobs), [_compiler(), "-shared", "-Wl,-z,defs"], libraries)
         _OBJECTS.remove_old()
         return library
