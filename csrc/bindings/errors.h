@@ -118,7 +118,7 @@ inline std::string number_text(double value) {
   return exponent < -4 || exponent >= 16 ? text : text_of(std::fixed, std::max(1, decimals - exponent));
 }
 
-constexpr int count_placeholders(const char* text) {
+constexpr int count_fields(const char* text) {
   int count = 0;
   for (; *text != '\0'; ++text) count += text[0] == '{' && text[1] == '}';
   return count;
@@ -128,15 +128,15 @@ constexpr int count_placeholders(const char* text) {
 template <refusals::Name kName, class... Parts>
 [[noreturn]] __attribute__((cold, noinline)) void refuse(const Parts&... parts) {
   constexpr const refusals::Refusal& kRefusal = refusals::find<kName>();
-  static_assert(count_placeholders(kRefusal.text) == sizeof...(Parts), "a part for every {}");
+  static_assert(count_fields(kRefusal.text) == sizeof...(Parts), "a part for every {}");
   std::ostringstream text;
   const char* rest = kRefusal.text;
-  const auto write_up_to_placeholder = [&] {
+  const auto write_up_to_field = [&] {
     while (*rest != '\0' && !(rest[0] == '{' && rest[1] == '}')) text << *rest++;
     if (*rest != '\0') rest += 2;
   };
-  ((write_up_to_placeholder(), text << parts), ...);
-  write_up_to_placeholder();
+  ((write_up_to_field(), text << parts), ...);
+  write_up_to_field();
   throw OpError{std::move(text).str()};
 }
 

@@ -115,8 +115,9 @@ constexpr int64_t kFewTokens = 32;     // of more, the library's product reads x
 constexpr int kFewTokensRank = 64;     // of a layer: xa and lora_B fit in shared memory
 constexpr int64_t kFewTokensStep = 8;  // in_features are read 16 bytes at a time
 
+// The distances between rows in shared memory. They are longer than a row, so that threads which access one column of
+// several rows, or pairs of columns of eight rows, use different banks.
 constexpr int kFewTokensRankPitch = kFewTokensRank + 1;
-// Of a row of sums: pairs of eight rows are in different banks.
 constexpr int few_tokens_pitch(int tokens) { return tokens + 8; }
 
 constexpr uint32_t few_tokens_shared_bytes(int tokens, int rows) {
