@@ -47,8 +47,8 @@ class GemmRun {
   void add_product(int64_t columns, int64_t rank) {
     rank_bytes_ = std::max(rank_bytes_, packed_row_bytes(rank * dtype_size(dtype_)));
     const Share share = share_out(columns, num_tiles(most_rows()));
-    const int64_t panels = (share.panels + share.groups - 1) / share.groups;
-    const int64_t tiles = (share.tiles + share.parts - 1) / share.parts;
+    const int64_t panels = ceil_div(share.panels, share.groups);
+    const int64_t tiles = ceil_div(share.tiles, share.parts);
     panel_bytes_ = std::max(panel_bytes_, panels * kPanelLanes * column_bytes());
     sum_bytes_ = std::max(sum_bytes_, panels * tiles * tile_.rows * column_bytes());
   }
@@ -74,8 +74,8 @@ class GemmRun {
   // For each part of the rows: calls pack(rows of each term, first) and then multiply(first, count).
   template <class Pack, class Multiply>
   void for_parts(const Pack& pack, const Multiply& multiply) {
-    const int64_t parts = (num_rows_ + most_rows() - 1) / most_rows();
-    const int64_t together = (num_tiles(num_rows_) + parts - 1) / parts * tile_.rows;
+    const int64_t parts = ceil_div(num_rows_, most_rows());
+    const int64_t together = ceil_div(num_tiles(num_rows_), parts) * tile_.rows;
     for (int64_t row = 0; row < num_rows_; row += together) {
       GemmRows part[kMostTerms];
       for (int i = 0; i < num_terms_; ++i) {
@@ -118,12 +118,12 @@ class GemmRun {
     int64_t panels, groups, tiles, parts;
   };
   Share share_out(int64_t columns, int64_t tiles) const {
-    const int64_t panels = (columns + tile_.columns - 1) / tile_.columns;
-    const int64_t rounds = (panels + threads_ * kPanelsTogether - 1) / (threads_ * kPanelsTogether);
+    const int64_t panels = ceil_div(columns, tile_.columns);
+    const int64_t rounds = ceil_div(panels, threads_ * kPanelsTogether);
     const int64_t groups = std::min(panels, threads_ * rounds);
-    return {panels, groups, tiles, std::min(tiles, (threads_ + groups - 1) / groups)};
+    return {panels, groups, tiles, std::min(tiles, ceil_div(threads_, groups))};
   }
-  int64_t num_tiles(int64_t rows) const { return (rows + tile_.rows - 1) / tile_.rows; }
+  int64_t num_tiles(int64_t rows) const { return ceil_div(rows, tile_.rows); }
   int64_t column_bytes() const { return tile_.columns * int64_t{sizeof(float)}; }
 
   const Kernels& kernels_;

@@ -121,13 +121,13 @@ struct Item {
 inline std::vector<Item> make_items(const SortedRows& sorted) {
   constexpr int64_t kMostItems = 64;
   const int64_t num_rows = sorted.row_begin.back() - sorted.row_begin.front();
-  const int64_t fair = (num_rows + kMostItems - 1) / kMostItems;
-  const int64_t rows_per_item = std::max(kPanelRows, (fair + kPanelRows - 1) / kPanelRows * kPanelRows);
+  const int64_t fair = ceil_div(num_rows, kMostItems);
+  const int64_t rows_per_item = std::max(kPanelRows, round_up(fair, kPanelRows));
   std::vector<Item> items;
   items.reserve(sorted.groups.size() + kMostItems);
   for (size_t g = 0; g < sorted.groups.size(); ++g) {
     const int64_t end = sorted.row_begin[g + 1];
-    const int64_t count = (end - sorted.row_begin[g] + rows_per_item - 1) / rows_per_item;
+    const int64_t count = ceil_div(end - sorted.row_begin[g], rows_per_item);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t begin = sorted.row_begin[g] + i * rows_per_item;
       items.push_back({g, begin, std::min(begin + rows_per_item, end), i, count});

@@ -32,7 +32,7 @@ struct NoGuard {
 
 // Number of chunks for all kernels of a call: at most one per thread, and at least one block each.
 inline int64_t count_chunks(int64_t rows) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = ceil_div(rows, kBlockRows);
   const int64_t threads = torch::stable::get_num_threads();
   return blocks < threads ? blocks : threads;
 }
@@ -94,7 +94,7 @@ class ScratchParts {
     if (__builtin_add_overflow(total_, bytes, &total_) || total_ > INT64_MAX - 2 * kLine) {
       fail("sizes are too large for scratch memory");
     }
-    total_ = (total_ + kLine - 1) / kLine * kLine + kGap;
+    total_ = round_up(total_, kLine) + kGap;
   }
   // Valid until this thread's next call.
   void allocate() const {

@@ -17,7 +17,7 @@ namespace lora_ext::cpu {
 constexpr int64_t kBlockRows = 32;  // rows a kernel handles together; chunks are multiples of it
 
 // factors.inc has a table of all paddings.
-constexpr int64_t max_padded_ranks(int64_t ranks) { return (ranks + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
+constexpr int64_t max_padded_ranks(int64_t ranks) { return round_up(ranks, kMaxWidth); }
 
 // Scratch memory is 64-byte aligned; its sizes are in numbers of acc. The kernels decide how they pack factors: as
 // numbers of acc, or as bfloat16 where the instruction set multiplies bfloat16.

@@ -162,7 +162,7 @@ struct Scratch {
   int64_t take(int64_t part_bytes) {
     constexpr int64_t kAlignment = 256;  // that of the caching allocator's blocks
     const int64_t offset = bytes;
-    bytes += ceil_div(part_bytes, kAlignment) * kAlignment;
+    bytes += round_up(part_bytes, kAlignment);
     return offset;
   }
 };

@@ -1,19 +1,17 @@
-// Arithmetic on sizes that plans and kernels share. Includes no header of CUDA.
+// Sizes that plans and kernels share. Includes no header of CUDA.
 #pragma once
 
 #include <cstdint>
 
-#include "../common/host_device.h"
+#include "../common/sizes.h"
 
 namespace lora_ext::cuda {
-
-LORA_EXT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Dynamic shared memory. A block gets 99 KiB on every architecture.
 constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, for ldmatrix and swizzles
 
 LORA_EXT_HOST_DEVICE constexpr uint32_t shared_bytes_of(uint32_t bytes) {
-  return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  return static_cast<uint32_t>(round_up(bytes, kSharedAlignment));
 }
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // of a block, where a kernel has no number of its own

@@ -5,13 +5,14 @@
 #include <cstdint>
 
 #include "../../common/dtype.h"
+#include "../../common/sizes.h"
 
 namespace lora_ext::cpu {
 
 constexpr int64_t kPadding = 32;   // columns of a packed row are padded to a multiple of this: sums have no tail
 constexpr int64_t kMaxWidth = 16;  // numbers in the widest vector
 
-constexpr int64_t padded_columns(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
+constexpr int64_t padded_columns(int64_t n) { return round_up(n, kPadding); }
 
 // --- few tokens: few_tokens.inc ---
 
@@ -31,7 +32,7 @@ struct FewTokensGemm {
 
 // Numbers of packed tokens: kernels take up to 16 together, and fill them with zeros.
 constexpr int64_t few_tokens_numbers(int64_t num_tokens, int64_t in_features) {
-  return (num_tokens + 15) / 16 * 16 * padded_columns(in_features);
+  return round_up(num_tokens, 16) * padded_columns(in_features);
 }
 
 // --- many tokens: many_tokens.inc ---
@@ -49,7 +50,7 @@ constexpr int64_t kPanelsTogether = 8;
 constexpr int64_t kPanelLanes = 1024;  // of 4 bytes: a panel of 32 columns is 128 KiB
 
 // Bytes of a row, or of its ranks, in a tile: whole vectors.
-constexpr int64_t packed_row_bytes(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+constexpr int64_t packed_row_bytes(int64_t bytes) { return round_up(bytes, 64); }
 
 struct GemmRows {
   int64_t num_rows, sum;  // sum: elements of a row

@@ -28,10 +28,8 @@ constexpr int kShortRank = 64;     // of expand_short
 constexpr int64_t kRankStep = 16;     // the ranks of one tensor-core operand
 constexpr int64_t kFeatureStep = 64;  // the columns of one word of the dropout mask
 
-LORA_EXT_HOST_DEVICE constexpr int64_t padded_ranks(int64_t rank) { return ceil_div(rank, kRankStep) * kRankStep; }
-LORA_EXT_HOST_DEVICE constexpr int64_t padded_features(int64_t features) {
-  return ceil_div(features, kFeatureStep) * kFeatureStep;
-}
+LORA_EXT_HOST_DEVICE constexpr int64_t padded_ranks(int64_t rank) { return round_up(rank, kRankStep); }
+LORA_EXT_HOST_DEVICE constexpr int64_t padded_features(int64_t features) { return round_up(features, kFeatureStep); }
 
 struct PaddedShape {
   int64_t ranks = 0, features = 0;
@@ -94,7 +92,7 @@ struct ShrinkAndSumTiles {
 };
 
 // Partial sums over tokens are written in pairs.
-constexpr int64_t partial_pitch(int64_t features) { return ceil_div(features, 2) * 2; }
+constexpr int64_t partial_pitch(int64_t features) { return round_up(features, 2); }
 
 // --- kernels that write y or grad_x [num_tokens, cols] ---
 
