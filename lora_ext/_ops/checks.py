@@ -8,6 +8,7 @@ public functions that are more than one op.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -196,11 +197,17 @@ def check_merge_layer(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -
 
 def check_merge(op: str, label: str, weight: Tensor, shape_A: Sequence[int], shape_B: Sequence[int]) -> None:
     """Checks what lora_merge_ does for a weight, which messages call ``label``, and factors of these shapes."""
-    acc = accumulation_dtype(weight.dtype)
-    factors = [[torch.empty(shape, dtype=acc, device="meta")] for shape in (shape_A, shape_B)]
-    described = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
-    text = torch.ops.lora_ext_check.lora_merge_.default([described], *factors)
+    text = _why_no_merge(weight.shape, weight.stride(), weight.dtype, tuple(shape_A), tuple(shape_B))
     for name, shown in (("weights[0]", label), ("lora_As[0]", "lora_A"), ("lora_Bs[0]", "lora_B")):
         text = text.replace(name, shown)
     if text:
         raise refusal_of_op(RuntimeError(text), op)
+
+
+@functools.lru_cache
+def _why_no_merge(shape: tuple, stride: tuple, dtype: torch.dtype, shape_A: tuple, shape_B: tuple) -> str:
+    """Returns what lora_merge_ says of such a weight and factors, "" if it takes them. A model has few shapes."""
+    acc = accumulation_dtype(dtype)
+    weight = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    factors = [[torch.empty(shape, dtype=acc, device="meta")] for shape in (shape_A, shape_B)]
+    return torch.ops.lora_ext_check.lora_merge_.default([weight], *factors)
