@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import save_checkpoint
-from support.checkpoint_files import snapshot as files_of
+from support.models import snapshot
 from support.public_calls import state
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -202,11 +202,11 @@ def _checkpoints(folder: Path) -> Iterator[Case]:
     }
 
     def checked(read: Callable[[], object]) -> None:
-        before = files_of(folder)
+        before = snapshot(folder)
         try:
             read()
         finally:
-            assert files_of(folder) == before, "files were changed"
+            assert snapshot(folder) == before, "files were changed"
 
     for name, (file, damage, words) in checkpoints().items():
         shutil.rmtree(bad, ignore_errors=True)
