@@ -1,14 +1,17 @@
 """Runs the benchmarks from end to end at small sizes, and draws them; their figures here mean nothing."""
 
+import dataclasses
 import functools
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import bench_finetune
 import bench_grouped
 import bench_host
 import bench_inject
+import bench_kernels
 import bench_merge
 import bench_offline_merge
 import bench_rows
@@ -37,7 +40,7 @@ EXPERTS += ("--implementation=grouped_mm", "--implementation=eager")
 ROWS = ("--cases", "3x1@64,4x5@128", "--adapters", "3", "--rank", "4")
 GROUPED = ("--shapes", "6x16x24", "--adapters", "4", "--rank", "4", "--only")
 TRAINED_ROWS = ["frozen", *bench_grouped.TRAINED]
-# Script and options, the number of rows, and the contestants whose ratio each has.
+# Script and options, the number of rows, and the contestants whose ratio each has; None: rows have other figures.
 CASES = {
     "layer": ("bench_layer", ("--shapes", "8x16x24,3x40x8", "--no-compile"), 12, PEERS),
     "compiled layer": ("bench_layer", (*LAYER, "--dropout", "0"), 4, [*PEERS, contestants.COMPILED]),
@@ -54,60 +57,40 @@ CASES = {
     "rows, training": ("bench_rows", (*ROWS, "--training"), 4, ["adapter_names"]),
     "experts": ("bench_experts", (*EXPERTS, *DTYPES), 4, ["frozen", "peft accelerated", "lora_ext"]),
     "decode": ("bench_decode", ("--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1"), 4, PEERS),
+    "bottleneck": ("bench_bottleneck", ("--shapes", "8x16x16", "--size", "4"), 2, None),
+    "merge": ("bench_merge", (), 2, None),
+    "offline merge": ("bench_offline_merge", ("--layers", "2", "--rank", "2"), 2, None),
+    "inject": ("bench_inject", ("--layers", "1", "--imports", "2"), 10, None),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_layers_are_measured_next_to_their_peers(name, run, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Makes the sizes that are no options small, and leaves out processes that import for seconds."""
     monkeypatch.setattr(bench_host, "CALLS", 2)
     monkeypatch.setattr(bench_rows, "WIDTHS", 128)
+    monkeypatch.setattr(bench_merge, "widths", lambda shapes: [(24, 40)])
+    for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
+        monkeypatch.setattr(bench_offline_merge, name, size)
+    monkeypatch.delitem(bench_offline_merge.CONTESTANTS, "PEFT")
+    measure_all = own_process.measure_all
+    monkeypatch.setattr(own_process, "measure_all", lambda names, rounds, one: measure_all(names, 1, one))
+    seconds = functools.cache(bench_inject.seconds_to_import)
+    monkeypatch.setattr(bench_inject, "seconds_to_import", lambda module: 9.0 if module == "peft" else seconds(module))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_measured(name, run, small):
     script, options, count, peers = CASES[name]
     rows = run(script, *options)["rows"]
     assert len(rows) == count
-    for row in rows:
+    for row in rows if peers else ():
         assert list(row["ratio"]) == peers
         assert all(median > 0 for median, *_ in row["ratio"].values())
         assert all(value > 0 for value in row.get("microseconds", {}).values())
-    keys = ("dtype", "pass", "dropout", "shape", "case", "implementation")
+    keys = ("dtype", "pass", "dropout", "shape", "case", "implementation", "name", "what", "contestant")
     measured = {tuple(str(row.get(key)) for key in keys) for row in rows}
     assert len(measured) == count  # each row something else
-
-
-def test_bottleneck(run):
-    rows = run("bench_bottleneck", "--shapes", "8x16x16", "--size", "4")["rows"]
-    assert all(list(row["training"]) == list(row["forward"]) == ["lora_ext", "compiled"] for row in rows)
-    assert len(rows) == 2
-
-
-def test_merge(run, monkeypatch):
-    monkeypatch.setattr(bench_merge, "widths", lambda shapes: [(24, 40)])
-    assert [row["shape"] for row in run("bench_merge")["rows"]] == [[24, 40], [24, 40]]
-
-
-@pytest.fixture
-def one_round(monkeypatch):
-    """Measures processes, which import for seconds, once."""
-    measure_all = own_process.measure_all
-    monkeypatch.setattr(own_process, "measure_all", lambda names, rounds, one: measure_all(names, 1, one))
-
-
-@pytest.mark.usefixtures("one_round")
-def test_offline_merge(run, monkeypatch):
-    for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
-        monkeypatch.setattr(bench_offline_merge, name, size)
-    monkeypatch.delitem(bench_offline_merge.CONTESTANTS, "PEFT")  # its process imports for seconds
-    result = run("bench_offline_merge", "--layers", "2", "--rank", "2")
-    assert [row["name"] for row in result["rows"]] == ["merge", "merge, float16"]
-    assert all(row["seconds"] > 0 and row["beyond_torch_bytes"] < result["bound_bytes"] for row in result["rows"])
-
-
-def test_inject(run, monkeypatch):
-    measured = functools.cache(bench_inject.seconds_to_import)
-    monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # slow
-    rows = run("bench_inject", "--layers", "1", "--imports", "2")["rows"]
-    what = {"adapt 7 layers", "switch 1 of 2 adapters", "switch 1 of 8 adapters", "import, after torch"}
-    assert {row["what"] for row in rows} == what
-    assert {row["contestant"] for row in rows} >= {"lora_ext", "get_peft_model", "peft"}
 
 
 TINY = ("--layers", "1", "--width", "64", "--bert-batch", "2", "--length", "8")
@@ -191,16 +174,27 @@ def test_the_whole_run_names_scripts_that_exist():
     assert all((Path(run_all.__file__).parent / command[0]).is_file() for command in run_all.SCRIPTS.values())
 
 
+WIDE = dataclasses.replace(predictions.MAIN, rank=256)
+
+
 @pytest.mark.parametrize("wide_factors", [True, False])
-@pytest.mark.parametrize("case", [predictions.MAIN, predictions.DOWN, *predictions.DECODING], ids=str)
-def test_predicted_launches_are_those_of_the_plan(case, wide_factors):
+@pytest.mark.parametrize("case", [predictions.MAIN, WIDE, predictions.DOWN, *predictions.DECODING], ids=str)
+def test_the_kernels_of_a_plan_are_those_of_the_predicted_stages(case, wide_factors):
+    """By their names, from which bench_kernels.py tells the stages that it measures."""
     tokens, in_features, out_features = case.shape
     layer, factors = [(out_features, case.rank)], "float32" if wide_factors else "bfloat16"
     options = {"factor_dtype": factors, "dropout": case.dropout > 0}
     steps = predictions.steps_of([case], True, wide_factors)
-    for phase, plan in (("forward", _C.plan_forward), ("backward", _C.plan_backward)):
-        ours = [step for step in steps if step.phase == phase and step.name not in ("seed", "product")]
-        assert sum(step.launches for step in ours) == len(plan(tokens, in_features, layer, **options).launches)
+    for phase, plan, stages_of in (
+        ("forward", _C.plan_forward, bench_kernels.forward_stages),
+        ("backward", _C.plan_backward, bench_kernels.backward_stages),
+    ):
+        launches = plan(tokens, in_features, layer, **options).launches
+        kernels = [f"void lora_ext::cuda::mma::{launch.kernel}_kernel<__nv_bfloat16, 1>(Params)" for launch in launches]
+        assert all(map(bench_kernels.is_ours, kernels))
+        predicted = {s.name: s.launches for s in steps if s.phase == phase and s.skinny}
+        found = Counter(stages_of(kernels))
+        assert found == predicted if case is not WIDE else found.keys() == predicted.keys()
 
 
 def test_the_document_has_the_predictions():

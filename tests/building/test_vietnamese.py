@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from lora_ext.commands.demo import cache_directory
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import convert_e5
+import lay_out_vsfc
+
 pytestmark = [pytest.mark.cpu_only("reads and writes files"), pytest.mark.full]
-
-
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-convert_e5, lay_out_vsfc = script("convert_e5"), script("lay_out_vsfc")
 
 
 @pytest.mark.slow

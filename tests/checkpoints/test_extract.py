@@ -8,15 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support.checkpoint_files import (
-    assert_same_bits,
-    merged_by_peft,
-    peft_adapter,
-    refused,
-    save_checkpoint,
-    tensors_of,
-)
-from support.models import IDS, bert, gpt2, llama
+from support.checkpoint_files import assert_same_bits, merged_by_peft, peft_adapter, save_checkpoint, tensors_of
+from support.models import IDS, bert, gpt2, llama, refused
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -123,13 +116,13 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
         "differs, next to the adapted weight of its module: a.extra",
         "differs: top",
     )
-    with refused(tmp_path / "out", ValueError, *problems):
+    with refused(tmp_path, ValueError, *problems):
         extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     for tuned, message, options in (
         ("tuned", "rank is 0, want at least 1", {"rank": 0}),
         ("base", "no tensor differs", {}),
     ):
-        with refused(tmp_path / "out", ValueError, message):
+        with refused(tmp_path, ValueError, message):
             extract(tmp_path / "base", tmp_path / tuned, tmp_path / "out", **options)
 
 
@@ -185,7 +178,7 @@ def test_other_modules_are_saved_in_full_and_a_tied_head_follows_its_embedding(n
 def test_other_modules_that_share_the_embedding_are_refused(name: str, shared: str, tmp_path: Path):
     make, layer = TIED[name]
     save_tuned(make(), layer, tmp_path)
-    with refused(tmp_path / "out", ValueError, f"is shared with {shared}", "no adapter can express"):
+    with refused(tmp_path, ValueError, f"is shared with {shared}", "no adapter can express"):
         extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
 
 

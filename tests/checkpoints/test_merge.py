@@ -204,7 +204,7 @@ def save_both(model: nn.Module, directory: Path) -> None:
     """Saves an adapter that replaces the embedding and the head by equal tensors."""
     peft_adapter(model, directory, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     head, embedding = (f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
-    edit_tensors(directory, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
+    edit_tensors(directory, lambda tensors: tensors | {head: tensors[embedding].clone()})
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -213,7 +213,8 @@ def test_tied_weights_stay_tied_if_the_adapter_replaces_both(equal, tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     save_both(model, tmp_path / "adapter")
     if not equal:
-        edit_tensors(tmp_path / "adapter", lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+        head = "base_model.model.lm_head.weight"
+        edit_tensors(tmp_path / "adapter", lambda tensors: tensors | {head: tensors[head] + 1})
     assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == (not equal)
     merged = type(model).from_pretrained(tmp_path / "out")
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == equal
@@ -228,7 +229,7 @@ def test_adapters_that_treat_a_tie_differently_are_added_to_both(order, tmp_path
     untied = llama()
     untied.load_state_dict(model.state_dict())
     peft_adapter(untied, tmp_path / "head", target_modules=["lm_head"])
-    edit_tensors(tmp_path / "head", lambda tensors: [tensors.pop(key) for key in [*tensors] if "lora_" not in key])
+    edit_tensors(tmp_path / "head", lambda tensors: {key: t for key, t in tensors.items() if "lora_" in key})
     merge(tmp_path / "base", [tmp_path / "shared", tmp_path / "head"][::order], tmp_path / "out")
     merge(tmp_path / "base", [tmp_path / "shared"], tmp_path / "tied")
     merge(tmp_path / "base", [tmp_path / "head"], tmp_path / "apart")

@@ -17,10 +17,9 @@ from support.checkpoint_files import (
     assert_same_bits,
     peft_adapter,
     save_checkpoint,
-    snapshot,
     tensors_of,
 )
-from support.models import bert
+from support.models import bert, snapshot
 from support.processes import run_python
 from torch import nn
 

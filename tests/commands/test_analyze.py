@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.analyzed import factors, name_base, own_adapter, save_files
-from support.checkpoint_files import peft_adapter, snapshot, tensors_of
-from support.models import bert, gpt2, llama
+from support.checkpoint_files import peft_adapter, tensors_of
+from support.models import bert, gpt2, llama, snapshot
 from support.optional import Image, matplotlib  # noqa: F401
 from torch import Tensor
 

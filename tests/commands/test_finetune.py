@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_classifier
-from support.checkpoint_files import snapshot
 from support.command_lines import Run, mistake, stopped_after
+from support.models import snapshot
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from lora_ext.commands import main, trainer

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support.processes import Forked, run_python
@@ -18,7 +17,7 @@ import lora_ext
 from lora_ext import commands
 from lora_ext.commands import main
 from lora_ext.commands.options import CommandError, Parser, dtype, names_of, refusing, size
-from lora_ext.commands.results import read_json, save_figure, tell, write_json
+from lora_ext.commands.results import read_json, tell, write_json
 
 pytestmark = pytest.mark.cpu_only("tests the command line")
 
@@ -173,25 +172,10 @@ def test_values_of_options():
     assert "bytes (default: 1GB)" in parser.format_help() and "None" not in parser.format_help()
 
 
-def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+def test_results_are_json(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"é": float("nan"), "path": Path("x")})
     assert (tmp_path / "new" / "a.json").read_text() == '{\n  "\\u00e9": null,\n  "path": "x"\n}\n'
     assert read_json(tmp_path / "new" / "a.json") == {"é": None, "path": "x"}
-
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")  # the error of a write does not say where
-
-    (tmp_path / "loss.png").write_bytes(b"before")
-    monkeypatch.setattr(Path, "write_text", fail)
-    for name, write in (
-        ("loss.png", lambda path: save_figure(path, SimpleNamespace(savefig=fail))),
-        ("new/a.json", lambda path: write_json(path, {})),
-    ):
-        with pytest.raises(OSError) as full:
-            write(tmp_path / name)
-        assert full.value.filename == str(tmp_path / name)
-    assert read_json(tmp_path / "new" / "a.json") and (tmp_path / "loss.png").read_bytes() == b"before"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "loss.png", "new"]
 
 
 def test_damaged_results_are_named(tmp_path):

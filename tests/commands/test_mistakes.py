@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from support import results, tiny_classifier, tiny_decoder
 from support.analyzed import save_misfits
-from support.checkpoint_files import snapshot
 from support.command_lines import mistake
+from support.models import snapshot
 from transformers import GPT2Config, T5Config
 
 pytestmark = pytest.mark.cpu_only("is about files, and the Trainer chooses the device")

@@ -1,47 +1,73 @@
-// Tests what the torch-free kernels are made of: the mask against its definition, with every instruction set of this
-// machine, and conversions (conversion_tests.cpp). The program links no torch. CMake (ctest) builds and runs it, as
-// tests/cpp/test_cpp.py does in the suite. What kernels compute is tested through their ops, in tests/ops.
-#include "kernel_tests.h"
-
-#include <cstdint>
-#include <cstdio>
-#include <vector>
-
-#include "common/dropout.h"
+// What needs no Python: the torch-free kernels link, and csrc/cuda/shared_memory_limits.h opts in once for each kernel
+// and device, however many threads launch. CMake (ctest) builds and runs it, as tests/cpp/test_cpp.py does.
+// What kernels compute is tested through their ops, in tests/ops.
 #include "cpu/kernels.h"
 
-namespace lora_ext::cpu {
+#include <atomic>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "cuda/shared_memory_limits.h"
+
+using namespace lora_ext::cpu;
+using lora_ext::cuda::SharedMemoryLimits;
+
 namespace {
 
-constexpr int64_t kTokens = 37, kIn = 301;
-constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
+const int kernels[3] = {};  // their addresses stand for kernels
+std::atomic<int> failures{0};
 
-void masks_follow_their_definition(const Kernels& kernels, const char* isa) {
-  const int64_t row_bytes = mask_row_bytes(kIn);
-  std::vector<uint8_t> mask(static_cast<size_t>(kTokens * row_bytes));
-  for (const uint32_t threshold : {1u, 6554u, 32768u, 65535u}) {
-    kernels.dropout_mask(kSeed, threshold, kIn, 0, kTokens, mask.data());
-    for (int64_t row = 0; row < kTokens; ++row) {
-      for (int64_t block = 0; block < (kIn + 7) / 8; ++block) {
-        const uint8_t expected = dropout_mask_byte(kSeed, row, static_cast<uint32_t>(block), threshold);
-        CHECK(mask[static_cast<size_t>(row * row_bytes + block)] == expected, "%s: row %d block %d threshold %u", isa,
-              static_cast<int>(row), static_cast<int>(block), threshold);
+void check(bool condition, const char* what) {
+  if (!condition) std::printf("failed: %s\n", what), ++failures;
+}
+
+void every_instruction_set_has_kernels() {
+  for (const Isa isa : kBestFirst) check(!runs_here(isa) || kernels_of(isa).dropout_mask != nullptr, isa_name(isa));
+}
+
+void once_for_each_kernel_and_device() {
+  SharedMemoryLimits limits;
+  std::atomic<int> opt_ins[3][2] = {};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([&] {
+      for (int call = 0; call < 500; ++call) {
+        const int kernel = call % 3, device = call / 3 % 2;
+        limits.allow(&kernels[kernel], device, 60 * 1024, [&] {
+          std::this_thread::yield();
+          ++opt_ins[kernel][device];
+          return true;
+        });
+        check(opt_ins[kernel][device] > 0, "no thread launches before the opt-in");
       }
-    }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& of_kernel : opt_ins) {
+    for (const auto& count : of_kernel) check(count == 1, "one opt-in");
   }
 }
 
+void more_bytes_and_failures_ask_again() {
+  SharedMemoryLimits limits;
+  int opt_ins = 0;
+  const auto allow = [&](uint32_t kilobytes, bool succeeds) {
+    limits.allow(&kernels[0], 0, kilobytes * 1024, [&] { return ++opt_ins, succeeds; });
+  };
+  allow(50, true), allow(50, true), allow(49, true);
+  check(opt_ins == 1, "as many bytes, or fewer, need no further opt-in");
+  allow(60, false);
+  check(opt_ins == 2, "more bytes need an opt-in");
+  allow(60, true), allow(60, true);
+  check(opt_ins == 3, "a failed opt-in is tried again");
+}
+
 }  // namespace
-}  // namespace lora_ext::cpu
 
 int main() {
-  using namespace lora_ext::cpu;
-  test_conversions();
-  for (const Isa isa : kBestFirst) {
-    if (!runs_here(isa)) continue;
-    masks_follow_their_definition(kernels_of(isa), isa_name(isa));
-    std::printf("checked %s\n", isa_name(isa));
-  }
-  std::printf(failures == 0 ? "all kernel tests passed\n" : "%d checks failed\n", failures);
+  every_instruction_set_has_kernels();
+  once_for_each_kernel_and_device();
+  more_bytes_and_failures_ask_again();
   return failures != 0;
 }

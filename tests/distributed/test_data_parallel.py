@@ -10,8 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoint_files import snapshot
-from support.models import Net
+from support.models import Net, snapshot
 from support.ranks import CHANGES
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel

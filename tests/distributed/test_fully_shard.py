@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.checkpoint_files import snapshot
-from support.models import Net, llama, token_ids
+from support.models import Net, llama, snapshot, token_ids
 from support.ranks import CHANGES, assert_bits, assert_merges_alike, loss_of, shard, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict

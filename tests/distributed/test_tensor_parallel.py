@@ -10,8 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.checkpoint_files import snapshot
-from support.models import Net
+from support.models import Net, snapshot
 from support.ranks import CHANGES, assert_merges_alike, assert_same, trained, whole
 from support.versions import needs
 from torch import Tensor, nn

@@ -29,7 +29,7 @@ def adapted(base: nn.Module, **settings) -> peft.PeftModel:
 
 def edit(directory: Path, **values) -> None:
     file = directory / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    file.write_text(json.dumps(json.loads(file.read_text()) | values, ensure_ascii=False), encoding="utf-8")
 
 
 def saved(base: nn.Module, directory: Path, **values) -> Tensor:
@@ -57,6 +57,9 @@ def test_an_initialisation_that_keeps_the_base_does_not_matter(options, tmp_path
     save_adapter(ours, tmp_path / "ours")
     read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     torch.testing.assert_close(answer(read), answer(theirs))
+    if options["init_lora_weights"] == "mica":  # which trains one factor
+        with refused(base, ValueError, f"{tmp_path}/theirs/adapter_config.json: ", '"init_lora_weights": true'):
+            load_adapter(base, tmp_path / "theirs", trainable=True)
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
@@ -87,29 +90,16 @@ def test_a_converted_adapter_loads_and_another_is_refused(tmp_path):
 
 def test_remarks_are_read_and_kept(tmp_path):
     base = llama().eval()
-    remarks = {"note": "for the demo", "_comment": ["by hand"], "training_comments": "three epochs", "author": "N. N."}
+    remarks = {"_comment": ["by hand"], "training_comments": "three epochs", "author": "N. N."}
     remarks |= {"tags": ["demo"], "created_at": "2026-11-27", "transformers_version": "5", "model_commit_hash": "0123"}
+    remarks["note"] = {"files": ["\u00e9\u6f22\U0001f600", "\\ud800"], "rows": 10**99, "scale": float("inf"), "": [[]]}
     expected = saved(base, tmp_path / "theirs", **remarks)
     ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
     torch.testing.assert_close(answer(ours), expected)
     save_adapter(ours, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text()).items() >= remarks.items()
-
-
-REFUSED = [
-    ({"alpha_pattern": {"v_proj": -3}}, "want a positive finite number"),
-    ({"ensure_weight_tying": True}, "lora_ext.integrations.peft.accelerate"),
-    ({"init_lora_weights": "mica"}, '"init_lora_weights": true'),
-    *(({key: "x"}, "if it is only a remark, remove it") for key in ("lora_magnitude", "use_later_variant", "tagged_l")),
-]
-
-
-@pytest.mark.parametrize(("values", "remedy"), REFUSED)
-def test_a_config_that_may_change_the_result_is_refused_with_the_remedy(values, remedy, tmp_path):
-    base = llama().eval()
-    saved(base, tmp_path, **values)
-    with refused(base, ValueError, f"{tmp_path / 'adapter_config.json'}: ", *values, remedy):
-        load_adapter(base, tmp_path, trainable=True)
+    save_adapter(load_adapter(base, tmp_path / "ours"), tmp_path / "again")
+    for name in ("ours", "again"):
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text()).items() >= remarks.items()
 
 
 # --- PEFT's config objects --------------------------------------------------------------------------------------------

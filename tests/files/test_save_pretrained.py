@@ -10,9 +10,8 @@ import safetensors.torch
 import torch
 import transformers.integrations.peft
 import transformers.models.auto.auto_factory
-from support.checkpoint_files import snapshot
 from support.mixtures import mixture
-from support.models import answer, bert, gpt2, llama, refused, shaken, token_ids
+from support.models import answer, bert, gpt2, llama, refused, shaken, snapshot, token_ids
 from support.versions import before, needs
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -2,75 +2,33 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.models import bert, snapshot
 from support.properties import given, settings, st
 from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-from lora_ext.checkpoints import merge
+from lora_ext import save_adapter
+from lora_ext.checkpoints import merge, normalise
+from lora_ext.commands.results import save_figure, write_json
 from lora_ext.files.reading import DTYPES, tensor_table
 from lora_ext.files.writing import new_directory, stream_tensors, write_files, write_tensors
+from lora_ext.methods import apply_method, new_method, save_method
 
 pytestmark = pytest.mark.cpu_only("is about files")
-
-
-def content(directory: Path) -> dict[str, str]:
-    """The text of every file below ``directory``; checks that nothing else is left there."""
-    assert not [path for path in directory.rglob("*") if ".unfinished" in path.name]
-    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
-
-
-# --- whole or absent --------------------------------------------------------------------------------------------------
-
-
-def test_files_are_replaced_together(tmp_path):
-    directory, names = tmp_path / "a" / "b", ("weights", "more", "config")
-
-    def write(**texts: str) -> None:
-        with write_files(directory, names, "save") as staging:
-            for name, text in texts.items():
-                (staging / name).write_text(text)
-
-    write(weights="1", more="2", config="3")
-    (directory / "mine").write_text("mine")
-    write(weights="4", config="5")  # what is not written goes
-    expected = {"a/b/weights": "4", "a/b/config": "5", "a/b/mine": "mine"}
-    for error in (None, ValueError, KeyboardInterrupt):
-        for failing in (directory, tmp_path / "c" / "d") if error else ():
-            with pytest.raises(error), write_files(failing, names, "save") as staging:
-                (staging / "weights").write_text("half")
-                raise error
-        assert content(tmp_path) == expected and not (tmp_path / "c").exists()
-
-
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "a" / "out"
-    with pytest.raises(ValueError), new_directory(out, "merge") as staging:
-        (staging / "x").write_text("half")
-        assert not out.exists()
-        raise ValueError
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "empty").mkdir()
-    for path in (out, tmp_path / "empty"):
-        with new_directory(path, "merge") as staging:
-            (staging / "inner").mkdir()
-            (staging / "inner" / "x").write_text("whole")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for path in (out, out / "inner" / "x", tmp_path / "link"):
-        wanted = pytest.raises(FileExistsError, match=f"merge: {path} exists; choose a new directory")
-        with wanted, new_directory(path, "merge"):
-            raise AssertionError("nothing is to be written")
-    assert content(tmp_path) == {"a/out/inner/x": "whole", "empty/inner/x": "whole"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +103,7 @@ def test_what_no_reader_would_take_is_refused(tmp_path):
 # --- a kill, a full disk or Ctrl-C at any step ------------------------------------------------------------------------
 
 
-STEPS = ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync")
+STEPS = ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync")  # of os
 
 
 class Killed(BaseException):
@@ -153,100 +111,123 @@ class Killed(BaseException):
 
 
 @contextmanager
-def fault_at(number: int, fault: BaseException) -> Iterator[list[str]]:
-    """Raises ``fault`` in place of the step ``number`` of those that change files; yields the steps that failed."""
+def fault_at(number: int, fault: Callable[[], BaseException]) -> Iterator[list[str]]:
+    """Raises ``fault`` in place of the step ``number`` of those that change files; yields the steps that failed.
+
+    If it is the opening of a file for writing, an empty file is left.
+    """
     left, failed = number, []
 
-    def counted(name: str, step: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object, **options: object) -> object:
+    def counted(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
             nonlocal left
+            if name == "open" and "w" not in (*arguments, "r")[1]:
+                return step(*arguments, **options)
             left -= 1
-            if left == 0 or (left < 0 and isinstance(fault, Killed)):
+            if left == 0 or (left < 0 and fault is Killed):
                 failed.append(name)
-                raise fault
+                if name == "open" and left == 0:
+                    step(*arguments, **options).close()
+                raise fault()
             return step(*arguments, **options)
 
         return run
 
     with ExitStack() as stack:
-        for name in STEPS:
-            stack.enter_context(mock.patch.object(os, name, counted(name, getattr(os, name))))
+        for module, name in (*((os, name) for name in STEPS), (io, "open"), (builtins, "open")):
+            stack.enter_context(mock.patch.object(module, name, counted(name, getattr(module, name))))
         yield failed
 
 
-def adapted(alpha: int) -> nn.Module:
-    """Makes a model whose adapter has this ``lora_alpha`` and holds only this number."""
-    model = inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]))
-    with torch.no_grad():
-        for parameter in model[0].adapters.parameters():
-            parameter.fill_(alpha)
-    return model
+def save_text(text: str, path: Path) -> None:
+    save_figure(path, SimpleNamespace(savefig=lambda part, **_: part.write_text(text)))
 
 
-def read_adapter(directory: Path) -> str:
-    """Returns "old" or "new", or "" if there is no adapter; checks that the config and all weights are of one save."""
-    try:
-        layer = load_adapter(nn.Sequential(nn.Linear(4, 4)), directory)[0]
-    except FileNotFoundError:
-        return ""
-    adapter = layer.adapters["default"]
-    for parameter in adapter.parameters():
-        assert torch.equal(parameter, torch.full_like(parameter, adapter.lora_alpha))
-    return {5: "old", 7: "new"}[adapter.lora_alpha]
+def adapted(name: str, rank: int) -> nn.Module:
+    torch.manual_seed(rank)
+    return apply_method(bert(), new_method(name, r=rank, target_modules=["query"]))
 
 
-def read_merged(out: Path) -> str:
-    """Returns "new" if the whole checkpoint is there, or "" if there is none."""
-    if not out.exists():
-        return ""
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
-    assert (out / "config.json").read_text() == "{}"
-    base = load_file(out.parents[1] / "base" / "model.safetensors")
-    assert not torch.equal(load_file(out / "model.safetensors")["0.weight"], base["0.weight"])
-    return "new"
+class Case(NamedTuple):
+    """Saves ``new`` to a path, where ``old`` was saved before. Without its file ``last``, readers find nothing."""
+
+    save: Callable[[Any, Path], object]
+    new: Any
+    old: Any = None
+    last: str = ""
 
 
-FAULTS = {"killed": Killed(), "full": OSError(28, "No space left on device"), "Ctrl-C": KeyboardInterrupt()}
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("files")
+    bert().save_pretrained(folder / "base")
+    one, other, both = adapted("lora", 2), adapted("lora", 3), adapted("lora+adapter-h", 4)
+    save_adapter(one, folder / "adapter")
+    return {
+        "new adapter": Case(save_adapter, one, last="adapter_config.json"),
+        "adapter": Case(save_adapter, one, other, "adapter_config.json"),
+        "method": Case(save_method, one, both, "method.json"),  # which has one file less
+        "merge": Case(lambda adapter, out: merge(folder / "base", [adapter], out), folder / "adapter"),
+        "normalise": Case(normalise, folder / "adapter"),
+        "figure": Case(save_text, "new", "old"),
+        "json": Case(lambda number, out: write_json(out, {"a": number}), 1, 2),
+    }
+
+
+FAULTS = {"killed": Killed, "full": lambda: OSError(28, "No space left on device"), "Ctrl-C": KeyboardInterrupt}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("case", ["new adapter", "adapter", "merge"])
-def test_files_are_whole_or_absent(case, fault, tmp_path):
-    (tmp_path / "base").mkdir()
-    save_file(nn.Sequential(nn.Linear(4, 4)).state_dict(), tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text("{}")
-    old, new, out = adapted(5), adapted(7), tmp_path / "work" / "out"
-    save_adapter(new, tmp_path / "adapter")
+@pytest.mark.parametrize(
+    "name",
+    ["new adapter", "adapter", pytest.param("method", marks=pytest.mark.full), "merge", "normalise", "figure", "json"],
+)
+def test_files_are_whole_or_absent(name, fault, files, tmp_path):
+    case, out = files[name], tmp_path / "work" / "new" / "out"
 
-    def save() -> None:
-        if case == "merge":
-            merge(tmp_path / "base", [tmp_path / "adapter"], out)
-        else:
-            save_adapter(new, out)
+    def begin() -> None:
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        (tmp_path / "work").mkdir()
+        if case.old is not None:
+            out.parent.mkdir()
+            case.save(case.old, out)
+            if case.last:
+                (out / "mine").write_text("mine")
 
-    read = read_merged if case == "merge" else read_adapter
+    def content(path: Path = out) -> dict[str, bytes]:
+        """Returns what readers find."""
+        if not (path / case.last).exists():
+            return {}
+        found = snapshot(path) if path.is_dir() else {"": path.read_bytes()}
+        return {name: found[name] for name in found if ".unfinished" not in name}
+
+    begin()
+    before = content()
+    for path in (out, tmp_path / "fresh"):
+        case.save(case.new, path)
+    after = content()
+    assert after == content(tmp_path / "fresh") | ({"mine": b"mine"} if "mine" in before else {}) != before
     found, failed = [], ["before"]
     while failed:
-        shutil.rmtree(out.parent, ignore_errors=True)
-        out.parent.mkdir()
-        if case == "adapter":
-            save_adapter(old, out)
+        begin()
         with fault_at(len(found) + 1, FAULTS[fault]) as failed:
             try:
-                save()
+                case.save(case.new, out)
             except (Killed, KeyboardInterrupt):
                 pass
             except OSError as error:
-                assert "cannot write there (No space left on device), " in str(error) and error.filename == str(out)
-        found.append(read(out))
+                assert ("cannot write there (No space left on device), " in str(error)) == ("" not in after)
+                assert error.filename == str(out) or failed == ["unlink"]
+        assert content() in (before, after, {})
+        found.append("after" if content() == after else "before" if content() == before else "absent")
         if fault != "killed" and "rmdir" not in failed:
-            assert not list(tmp_path.rglob("*.unfinished"))
-        if case == "merge":
+            assert not list(tmp_path.rglob(".*"))
+            assert "mkdir" in failed or not out.parent.exists() or any(path.is_file() for path in out.parent.rglob("*"))
+        if not case.last:
             shutil.rmtree(out, ignore_errors=True)
-        save()
-        assert read(out) == "new", found
-    assert len(found) > 5 and found[-1] == "new"
-    assert {*found} <= ({"old", "", "new"} if case == "adapter" else {"", "new"})
-    assert found[0] == ("old" if case == "adapter" else "")
+        case.save(case.new, out)
+        assert content() == after, found
+    assert len(found) > 2 and "before" in found and found[-1] == "after"
+    assert {*found} <= ({"before", "absent", "after"} if case.last else {"before", "after"})
     if fault != "full":  # some file systems cannot make names durable, so that error is passed over
-        assert found == sorted(found, key=["old", "", "new"].index)
+        assert found == sorted(found, key=["before", "absent", "after"].index)

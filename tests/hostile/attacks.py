@@ -98,10 +98,11 @@ def configs() -> dict[str, tuple[str | bytes, str | None]]:
         "many parts": ({"enable_lora": {"query": [True] * (MEGABYTE // 6)}}, "enable_lora"),
         "parameters": ({"target_parameters": [*_names(), "bias"]}, "target_parameters"),
         "unknown settings": (dict.fromkeys(_names(), 1), "not supported"),
-        "one unknown setting": ({"x" * MEGABYTE: 1}, "not supported"),
+        "one unknown setting": ({"x" * MEGABYTE: 1}, "if it is only a remark, remove it from the config"),
         "other type": ({"peft_type": "x" * MEGABYTE}, "peft_type is 'xxx"),
         "bias": ({"bias": _names()}, "bias is ["),
         "notes": ({"auto_mapping": [[]] * (MEGABYTE // 4)}, ""),
+        "64 levels": ({"auto_mapping": json.loads("[" * 63 + "]" * 63)}, ""),
         "NUL": ({"target_modules": ["quer\0y"]}, r"target_modules ['quer\x00y'] matches"),
         "terminal": ({"\x1b[2J": "\x1b[2J"}, r"\x1b[2J='\x1b[2J' not supported"),
         "empty name": ({"target_modules": [""]}, "want non-empty strings"),
@@ -111,6 +112,9 @@ def configs() -> dict[str, tuple[str | bytes, str | None]]:
         "another type": ({"peft_type": None}, "peft_type is None, want 'LORA'"),
         "no such layer": ({"layers_to_transform": [12]}, "layers_to_transform"),
         "everything excluded": ({"exclude_modules": ["query"]}, "exclude_modules"),
+        "negative alpha": ({"alpha_pattern": {"query": -3}}, "alpha_pattern['query'] is -3, want a positive finite"),
+        "ties": ({"ensure_weight_tying": True}, "lora_ext.integrations.peft.accelerate"),
+        **{key: ({key: "x"}, f"{key}='x' not supp") for key in ("lora_magnitude", "use_later_variant", "tagged_l")},
     }
     whole: dict[str, tuple[str | bytes, str]] = {
         "digits": ('{"peft_type": "LORA", "r": ' + "9" * MEGABYTE + "}", "digits"),
@@ -131,7 +135,8 @@ def configs() -> dict[str, tuple[str | bytes, str | None]]:
         "list": ("[]", "holds a list"),
         "BOM": ("\ufeff" + json.dumps(SMALL), "is not JSON"),
         "UTF-16": (json.dumps(SMALL).encode("utf-16"), "is not JSON"),
-        "17 MB": (b" " * (17 << 20), "larger than"),
+        "16 MiB": (json.dumps(SMALL).ljust(16 << 20), ""),
+        "a byte more": (json.dumps(SMALL).ljust((16 << 20) + 1), "is larger than 16777216 bytes"),
     }
     return _texts(_expressions() | {k: (SMALL | v, words) for k, (v, words) in small.items()} | whole)
 
@@ -159,6 +164,10 @@ def methods() -> dict[str, tuple[str | bytes, str | None]]:
             "no options": ({"methods": [{"name": "bitfit"}]}, "and options"),
             "no name": ({"methods": [{"name": ["bitfit"], "options": {}}]}, "want a name"),
             "no methods": ({}, "methods is None"),
+            "none of the methods": ({"methods": []}, "methods is []"),
+            "a number": ({"methods": [1]}, "want a name"),
+            "another order": (_of("adapter-p+lora"), "want a name (one of full"),
+            "pooling": ({"methods": twice["methods"][:1], "pooling": "max"}, "pooling is 'max', want one of cls, mean"),
             "list": ([], "holds a list"),
             "deep": ('{"methods": ' + "[" * 400_000 + "]" * 400_000 + "}", "levels"),
             "large": (" " * (2 << 20), "larger than"),

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import stat
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import save_checkpoint
-from support.checkpoint_files import snapshot as files_of
+from support.models import snapshot
 from support.public_calls import state
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -95,8 +96,8 @@ def _memory() -> dict[str, float]:
 # --- the cases --------------------------------------------------------------------------------------------------------
 
 
-def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Case]:
-    """Yields the cases of an attack with files of up to ``largest`` bytes. Each is to be run before the next."""
+def cases_of(attacked: str, folder: Path) -> Iterator[Case]:
+    """Yields the cases of an attack. Each is to be run before the next."""
     directory = folder / "adapter"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -108,29 +109,26 @@ def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Ca
     load = into(bare, load_adapter, directory)
     if attacked == "config":
         for name, (content, words) in configs().items():
-            if len(content) <= largest:
-                config.write_bytes(content if isinstance(content, bytes) else content.encode())
-                yield name, words, load
-                if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # it matches no model
-                    yield f"inspect: {name}", None, lambda: inspect(directory)
+            config.write_bytes(content if isinstance(content, bytes) else content.encode())
+            yield name, words, load
+            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # it matches no model
+                yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "weights":
         (folder / "base").mkdir()
         save_file(bare().state_dict(), folder / "base" / "model.safetensors")
         swap = into(adapted, hotswap_adapter, directory)
         for name, (content, words) in weights().items():
-            if len(content) <= largest:
-                tensors.write_bytes(content)
-                yield name, words, load
-                yield f"hotswap: {name}", None, swap
-                yield f"merge: {name}", None, lambda name=name: merge(folder / "base", [directory], folder / name)
-                yield f"inspect: {name}", None, lambda: inspect(directory)
+            tensors.write_bytes(content)
+            yield name, words, load
+            yield f"hotswap: {name}", None, swap
+            yield f"merge: {name}", None, lambda name=name: merge(folder / "base", [directory], folder / name)
+            yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "method":
         config.unlink()
         load = into(bare, load_method, directory)
         for name, (content, words) in methods().items():
-            if len(content) <= largest:
-                (directory / "method.json").write_text(content)
-                yield name, words, load
+            (directory / "method.json").write_text(content)
+            yield name, words, load
     elif attacked == "kinds":
         yield from _kinds(directory)
     elif attacked == "random":
@@ -147,6 +145,7 @@ def _kinds(directory: Path) -> Iterator[Case]:
     readers |= {read.__name__: into(bare, read, directory) for read in (load_adapter, load_method)}
     kinds = {
         "pipe": (os.mkfifo, "is a pipe, want a regular file"),
+        "socket": (lambda path: os.mknod(path, stat.S_IFSOCK), "is a socket, want a regular file"),
         "directory": (os.mkdir, "is a directory, want a regular file"),
         "device": (lambda path: os.symlink("/dev/zero", path), "is a device, want a regular file"),
         "loop": (lambda path: os.symlink(path.name, path), None),
@@ -203,11 +202,11 @@ def _checkpoints(folder: Path) -> Iterator[Case]:
     }
 
     def checked(read: Callable[[], object]) -> None:
-        before = files_of(folder)
+        before = snapshot(folder)
         try:
             read()
         finally:
-            assert files_of(folder) == before, "files were changed"
+            assert snapshot(folder) == before, "files were changed"
 
     for name, (file, damage, words) in checkpoints().items():
         shutil.rmtree(bad, ignore_errors=True)

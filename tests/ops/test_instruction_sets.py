@@ -25,6 +25,7 @@ TESTS = {
         "test_tensors_of_any_strides",
     ],
     "test_lora_linear": ["test_mask_is_the_reference_mask"],
+    "test_roundings": ["test_every_number_rounds_to_the_nearest", "test_what_is_not_finite_stays_so"],
     "test_siblings": ["test_an_overflow_stays_in_its_layer_and_is_nan_at_scaling_zero"],
     "test_base_product": [
         "test_outputs_have_the_same_bits_with_any_number_of_threads",

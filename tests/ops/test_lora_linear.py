@@ -13,7 +13,7 @@ SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000)], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("dropout_p", [2**-16, 0.1, 0.5, 1 - 2**-16])
 def test_mask_is_the_reference_mask(shape, dropout_p):
     seed = torch.randint(2**63 - 1, ())
     mask = torch.ops.lora_ext.lora_dropout_mask(seed, *shape, dropout_p)

@@ -50,7 +50,8 @@ def save_misfits(folder: Path) -> Path:
     wide = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([attention])})})
     own_adapter(wide, folder / "wide", 0, target_modules=["q_proj"])
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-    edit_tensors(name_base(folder / "four", folder / "broken", "base"), lambda values: values[key].fill_(torch.nan))
+    broken = name_base(folder / "four", folder / "broken", "base")
+    edit_tensors(broken, lambda values: values | {key: values[key] * torch.nan})
     weights = {key: value.clone() for key, value in llama().state_dict().items()}
     weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.inf
     save_checkpoint(weights, folder / "infinite")

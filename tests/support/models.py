@@ -107,8 +107,15 @@ def answer(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     return model.eval()(input_ids=ids).logits
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Records everything that a refused operation must not change: modules, flags, values and attributes."""
+def snapshot(subject: nn.Module | Path) -> dict[str, Any]:
+    """Records everything that a refused operation must not change.
+
+    Of a model its modules, flags, values and attributes; of a directory the files below it, and what was to become one.
+    """
+    if isinstance(subject, Path):
+        paths = [path for path in subject.rglob("*") if path.is_file() or path.suffix == ".unfinished"]
+        return {str(path.relative_to(subject)): path.read_bytes() if path.is_file() else b"" for path in paths}
+    model = subject
     return {
         "modules": {path: id(module) for path, module in model.named_modules(remove_duplicate=False)},
         "training": {path: module.training for path, module in model.named_modules()},
@@ -119,8 +126,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
+def assert_unchanged(subject: nn.Module | Path, before: dict[str, Any]) -> None:
+    after = snapshot(subject)
+    if isinstance(subject, Path):
+        assert after == before
+        return
     values = before["values"], after["values"]
     assert {k: v for k, v in after.items() if k != "values"} == {k: v for k, v in before.items() if k != "values"}
     assert values[0].keys() == values[1].keys()
@@ -139,11 +149,11 @@ def adapter_of_net(directory: Path, **settings) -> Path:
 
 
 @contextmanager
-def refused(model: nn.Module, error: type[Exception], *fragments: str) -> Iterator[None]:
-    """Checks that the body raises ``error`` with every fragment in its text, and does not change ``model``."""
-    before = snapshot(model)
+def refused(subject: nn.Module | Path, error: type[Exception], *fragments: str) -> Iterator[None]:
+    """Checks that the body raises ``error`` with every fragment in its text, and changes no model or directory."""
+    before = snapshot(subject)
     with pytest.raises(error) as caught:
         yield
     for fragment in fragments:
         assert fragment in str(caught.value), str(caught.value)
-    assert_unchanged(model, before)
+    assert_unchanged(subject, before)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.checkpoint_files import snapshot as files_of
 from support.models import snapshot
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ def state(value: Any) -> Any:
         bits = None if value.is_meta else value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return bits, tuple(value.shape), value._version, value.requires_grad
     if isinstance(value, Path):
-        return files_of(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
+        return snapshot(value) if value.is_dir() else value.read_bytes() if value.is_file() else None
     if isinstance(value, (list, tuple)):
         return [state(entry) for entry in value]
     return repr(value)
