@@ -29,8 +29,6 @@ def test_starts_as_pefts(init):
 def test_gradients_are_dense_on_a_sparse_base_layer():
     base, ids = nn.Embedding(30, 16, sparse=True), torch.tensor([3, 3, 7])
     layer = LoraEmbedding(base, EmbeddingAdapter(30, 16, 4, 8, init_lora_weights=False))
-    with pytest.raises(ValueError, match=r"LoraEmbedding: lora_A has shape \[31, 4\], want \[30, 4\]"):
-        layer.add_adapter("other", EmbeddingAdapter(31, 16, 4, 8))
     layer(ids).sum().backward()
     gradient = layer.adapters.default.lora_A.grad
     assert gradient.layout == torch.strided and gradient.any(1).nonzero().flatten().tolist() == [3, 7]
