@@ -17,12 +17,19 @@ ALIVE = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
-def test_starts_as_pefts(init):
+def test_factors_start_as_pefts(init):
+    """Those of a linear layer, too."""
     torch.manual_seed(0)
-    config = {"r": 64, "lora_alpha": 8, "init_lora_weights": init, "target_modules": ["tokens"]}
-    theirs = peft.get_peft_model(TextNet(), peft.LoraConfig(**config)).base_model.model.tokens
-    ours = inject(TextNet(), LoraConfig(**config)).tokens.adapters.default
-    for mine, yours in ((ours.file_A, theirs.lora_embedding_A.default), (ours.lora_B, theirs.lora_embedding_B.default)):
+    config = {"r": 64, "lora_alpha": 8, "init_lora_weights": init, "target_modules": ["tokens", "head"]}
+    theirs = peft.get_peft_model(TextNet(), peft.LoraConfig(**config)).base_model.model
+    model = inject(TextNet(), LoraConfig(**config))
+    tokens, head = model.tokens.adapters.default, model.head.adapters.default
+    for mine, yours in (
+        (tokens.file_A, theirs.tokens.lora_embedding_A.default),
+        (tokens.lora_B, theirs.tokens.lora_embedding_B.default),
+        (head.lora_A, theirs.head.lora_A.default.weight),
+        (head.lora_B, theirs.head.lora_B.default.weight),
+    ):
         assert mine.shape == yours.shape and mine.std().item() == pytest.approx(yours.std().item(), rel=0.15)
 
 
