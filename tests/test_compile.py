@@ -133,21 +133,6 @@ def test_sets_of_adapters_and_a_new_adapter(build):
             logits(compiled, inputs)
 
 
-@torch.no_grad()
-def test_merged_and_unmerged(way, build):
-    base, directory, inputs = build("Llama")
-    model = adapted(way, base, directory, "a").eval()
-    expected = logits(model, inputs)
-    backend = Counting()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for graphs in (2, 2):
-        torch.testing.assert_close(logits(compiled, inputs), expected)
-        way.merge(model)
-        torch.testing.assert_close(logits(compiled, inputs), expected)
-        way.unmerge(model)
-        assert backend.graphs == graphs
-
-
 def test_a_compiled_step_is_pefts(way, build):
     base, directory, inputs = build("Llama")
     steps = []

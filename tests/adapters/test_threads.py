@@ -7,13 +7,12 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from support.merged_models import all_same, hard_model, weights
 from support.models import Net
+from support.threads import run_together
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -23,25 +22,6 @@ from lora_ext.merging import layers as merged_module
 pytestmark = pytest.mark.full
 
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
-
-
-def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[BaseException | None]:
-    """Starts all actions at once; returns the error of each, or None."""
-    barrier = threading.Barrier(len(actions))
-
-    def run(action: Callable[[], object]) -> BaseException | None:
-        barrier.wait()
-        try:
-            action()
-        except BaseException as error:
-            return error
-
-    pool = ThreadPoolExecutor(len(actions))
-    try:
-        futures = [pool.submit(run, action) for action in actions]
-        return [future.result(timeout=seconds) for future in futures]  # a hang is a failure
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def test_merges_and_unmerges_in_any_order():

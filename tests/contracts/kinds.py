@@ -98,6 +98,18 @@ class Uses(nn.Module):
         return torch.tanh(x @ (self.up if self.is_transposed else self.up.mT)).sum(0) @ self.mix.T
 
 
+class Siblings(nn.Module):
+    """Three layers of different sizes that read one tensor, so that they are computed together."""
+
+    def __init__(self, make: Callable[[nn.Linear], nn.Module] = lambda linear: linear, width: int = 8) -> None:
+        super().__init__()
+        self.q, self.k = make(nn.Linear(width, 32)), make(nn.Linear(width, 32, bias=False))
+        self.v = make(nn.Linear(width, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(self.q(x)) * self.k(x), self.v(x)], -1)
+
+
 class Kind(NamedTuple):
     """``door`` adapts ``make()``, or a layer in it, by a config of these ``options``; inputs have the ``shape``.
 
@@ -129,6 +141,7 @@ WITH_BIAS = {"target_modules": ["0"], "lora_bias": True}
 PACKED = {"target_modules": ["0"], "enable_lora": {"0": (True, False, True)}}
 DORA = {"target_modules": ["0"], "use_dora": True}
 CONV1D = {"target_modules": ["0"], "fan_in_fan_out": True}
+SIBLINGS = {"target_modules": ["q", "k", "v"], "rank_pattern": {"k": 3}}
 KINDS = {
     "linear": Kind(lambda: nn.Linear(8, 6), WITH_BIAS),
     "conv1d": Kind(lambda: Conv1D(6, 8), {"target_modules": ["0"]}),
@@ -140,8 +153,10 @@ KINDS = {
     "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
     "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
     "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
+    "siblings": Kind(Siblings, SIBLINGS),
     "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
     "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
+    "peft siblings": Kind(Siblings, SIBLINGS, door=Accelerated),
     "peft linear": Kind(lambda: nn.Linear(8, 6), WITH_BIAS, door=Accelerated),
     "peft conv1d": Kind(lambda: Conv1D(6, 8), CONV1D, door=Accelerated),
     "peft dora": Kind(lambda: nn.Linear(8, 6), DORA, door=Accelerated),
@@ -154,6 +169,7 @@ QUANTISED = {
     name: Kind(lambda quantize=quantize: quantize(nn.Linear(64, 32)), WITH_BIAS, (4, 64), dtype=torch.float32)
     for name, quantize in QUANTIZE.items()
 }
+QUANTISED["siblings in nf4"] = Kind(lambda: Siblings(QUANTIZE["nf4"], 64), SIBLINGS, (4, 64), dtype=torch.float32)
 QUANTISED |= {f"peft {name}": QUANTISED[name]._replace(door=Accelerated) for name in ("nf4", "int8")}
 # PEFT has no biases next to torchao's weights.
 QUANTISED["peft torchao-int8"] = QUANTISED["torchao-int8"]._replace(door=Accelerated, options={"target_modules": ["0"]})

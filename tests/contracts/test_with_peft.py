@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.attention import E, encoder
-from support.mixtures import mixture
+from support.mixtures import FAMILIES, IMPLEMENTATIONS, mixture
 from support.models import Net, bert, gpt2, llama, token_ids
 from support.peft_pairs import TARGETS, alora_prompts
 from support.small_nets import CONVOLUTIONS, ConvNet, TextNet, input_of
@@ -59,7 +59,11 @@ def of_tokens(tied: bool, indices: Any, known: str = "", **more: Any) -> Case:
 
 
 def of_model(make: Callable[[], nn.Module], known: str = "", **options: Any) -> Case:
-    return Case(make, {"target_modules": TARGETS[make.__name__]} | options, ids, known)
+    return Case(make, {"target_modules": TARGETS.get(make.__name__)} | options, ids, known)
+
+
+def of_tied_weight(whole: str) -> Case:
+    return of_model(lambda: llama(tied=True), target_modules=["q_proj"], modules_to_save=[whole])
 
 
 def of_mica() -> Case:
@@ -73,9 +77,12 @@ def of_alora(make: Callable[[], nn.Module], **more: Any) -> Case:
     return case._replace(x=lambda: dict(zip(("input_ids", "attention_mask"), alora_prompts(), strict=True)))
 
 
-def of_experts(family: str, *parameters: str) -> Case:
+def of_experts(family: str, *parameters: str, implementation: str = "eager", **more: Any) -> Case:
     pattern = {"rank_pattern": {"layers.1.mlp.experts.down_proj": 3}, "target_modules": ["q_proj"]}
-    return Case(lambda: mixture(family), pattern | {"target_parameters": list(parameters)}, token_ids)
+    options = pattern | {"target_parameters": list(parameters)} | more
+    # PyTorch has no grouped product in float64.
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    return Case(lambda: mixture(family, implementation), options, token_ids, dtype=dtype)
 
 
 def of_attention(*targets: str) -> Case:
@@ -90,6 +97,7 @@ def of_attention(*targets: str) -> Case:
     )
 
 
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
 STATISTICS = {"target_modules": ["up", "down"], "modules_to_save": ["norm", "head"]}
 TEXT = {"target_modules": ["tokens", "positions", "kinds"]}
 RANKS = {"use_rslora": True, "rank_pattern": {"conv|positions": 2}, "r": 4}
@@ -122,9 +130,18 @@ CASES = {
     "mica": of_mica(),
     "alora": of_alora(llama),
     "alora, gpt2": of_alora(gpt2, fan_in_fan_out=True, lora_bias=True, use_rslora=True),
-    "mixtral": of_experts("mixtral", "experts.down_proj", "experts.gate_up_proj", "gate.weight"),
-    "gpt_oss": of_experts("gpt_oss", "experts.down_proj", "experts.gate_up_proj", "router.weight"),
+    **{
+        f"{family} {implementation}": of_experts(family, *EXPERTS, implementation=implementation)
+        for family in FAMILIES
+        for implementation in IMPLEMENTATIONS
+    },
+    "routers": of_experts("gpt_oss", *EXPERTS, "router.weight"),
+    "gates": of_experts("mixtral", *EXPERTS, "gate.weight"),
     "one parameter": of_experts("mixtral", "experts.gate_up_proj"),
+    "all-linear mixtral": of_experts("mixtral", target_modules="all-linear", target_parameters=None),
+    "all-linear qwen3": of_experts("qwen3", target_modules="all-linear", target_parameters=None),
+    "tied head in full": of_tied_weight("lm_head"),
+    "tied embedding in full": of_tied_weight("embed_tokens"),
     "attention": of_attention("self_attn"),
     "attention and linear": of_attention("self_attn", "linear1"),
     "tokens": of_tokens(False, TOKENS),
@@ -138,7 +155,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Families that are like another one, and other implementations of more than two.
+LIKE_OTHERS = {name for name in CASES if name.startswith(("qwen2", "deepseek_v2"))}
+LIKE_OTHERS |= {f"{family} {how}" for family in ("qwen3", "deepseek_v3") for how in IMPLEMENTATIONS[1:]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LIKE_OTHERS)) for n in CASES])
 def test_equal_to_peft(name):
     case = CASES[name]
     torch.manual_seed(0)

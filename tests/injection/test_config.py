@@ -60,6 +60,7 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
         dataclasses.replace(config, r=0)
 
 
+NOT_WITH_DORA = ({"lora_bias": True}, {"target_parameters": ["0"]}, {"enable_lora": {"0": (True,)}})
 WRONG = {
     TypeError: [
         ({"r": 8.0}, "r is 8.0 of type float, want an integer"),
@@ -105,6 +106,7 @@ WRONG = {
         ({"target_parameters": ["w"], "lora_dropout": 0.5}, "target_parameters is set, but lora_dropout is 0.5"),
         ({"target_parameters": ["w"], "lora_bias": True}, "target_parameters is set, but lora_bias is True"),
         ({"target_parameters": ["w"], "fan_in_fan_out": True}, "target_parameters is set, but fan_in_fan_out is True"),
+        *(({"use_dora": True} | other, f"use_dora is set, but {next(iter(other))} is") for other in NOT_WITH_DORA),
         ({"enable_lora": {"qkv": [False, False]}}, "enable_lora['qkv'] is (False, False), want at least one True"),
         ({"task_type": "SEQ_CLASS"}, "task_type is 'SEQ_CLASS', want one of None, 'SEQ_CLS'"),
     ],

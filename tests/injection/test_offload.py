@@ -63,26 +63,3 @@ def test_injected_before_offloading_it_computes_and_does_not_train_silently(tmp_
         logits(model.train(), ids)
     with refused(model, RuntimeError, "the weight of 'bert.embeddings.word_embeddings' is offloaded by accelerate"):
         merge(model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "text"),
-    [
-        (
-            {"modules_to_save": ["classifier"]},
-            TypeError,
-            "classifier.weight: modules_to_save trains it, but it is offl",
-        ),
-        ({"bias": "all"}, TypeError, "bert.embeddings.LayerNorm.bias: bias trains it, but it is offloaded"),
-        (
-            {"trainable_token_indices": {"word_embeddings": [1]}, "target_modules": ["query"]},
-            TypeError,
-            "bert.embeddings.word_embeddings (Embedding): trainable_token_indices cannot train its rows: its weight",
-        ),
-        ({"target_parameters": ["pooler.dense.weight"], "target_modules": []}, TypeError, "its weight is offloaded"),
-    ],
-)
-def test_values_that_are_read_at_injection_are_refused(settings, error, text, tmp_path):
-    model = cpu(bert(), tmp_path)
-    with refused(model, error, text, "keep"):
-        injected(model, **settings)

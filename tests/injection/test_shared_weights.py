@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
 from support.models import answer, llama, refused, shaken
-from torch import Tensor, nn
+from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge
 from lora_ext.adapters import disable_adapters, merge_and_unload, unload
 
 
@@ -43,45 +42,25 @@ def test_copies_of_both_that_are_trained_in_full_stay_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight is weight
 
 
-def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftModel, Tensor]:
-    """Saves an adapter that trains ``module`` in full; returns PEFT's model and its logits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], init_lora_weights=False)
-        theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    shaken(theirs).save_pretrained(directory)
-    return theirs, answer(theirs)
-
-
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_pefts_file_loads_and_goes_back(module, tmp_path):
-    base = llama(tied=True).eval()
-    _, expected = from_peft(base, tmp_path / "theirs", module)
-    with pytest.warns(UserWarning, match=f"modules_to_save has .*{module}.*shares a parameter with.*as in PEFT"):
-        ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(answer(ours), expected)
-    assert ours.lm_head.weight is not ours.model.embed_tokens.weight
-    with disable_adapters(ours):
-        torch.testing.assert_close(answer(ours), answer(base))
-    save_adapter(ours, tmp_path / "ours")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
-    torch.testing.assert_close(answer(read), expected)
-
-
-@pytest.mark.filterwarnings("ignore:inject. modules_to_save")
 def test_the_merged_model_is_saved_with_both(tmp_path):
     base = llama(tied=True).eval()
-    _, expected = from_peft(base, tmp_path / "theirs", "lm_head")
-    merged = merge_and_unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shaken(theirs).save_pretrained(tmp_path / "theirs")
+    expected = answer(theirs)
+    with pytest.warns(UserWarning, match="modules_to_save has .*lm_head.*shares a parameter with.*as in PEFT"):
+        ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    with disable_adapters(ours):
+        torch.testing.assert_close(answer(ours), answer(base))
+    plain = unload(copy.deepcopy(ours))
+    assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
+    merged = merge_and_unload(ours)
     torch.testing.assert_close(answer(merged), expected)
     merged.save_pretrained(tmp_path / "merged")
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(answer(read), expected)
-
-    plain = unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
-    assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
 
 
 @pytest.mark.filterwarnings("ignore:inject. modules_to_save")

@@ -1,4 +1,4 @@
-"""Models that read weights in a fast path, have other linear layers or functions, or parts in wrappers."""
+"""Models that have other linear layers or functions, or parts in wrappers."""
 
 from __future__ import annotations
 
@@ -16,39 +16,6 @@ from lora_ext import LoraConfig, inject, load_adapter, merge, merge_and_unload, 
 from lora_ext.adapters import lora_modules, unload
 
 ALIVE = {"r": 2, "init_lora_weights": False}
-
-# --- the fast path of nn.TransformerEncoder reads weights: adapters act there, too ------------------------------------
-
-
-def encoder(norm_first: bool = False) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
-
-
-@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_transformer_encoder_uses_the_adapter_in_eval_mode(norm_first, masked):
-    model = encoder(norm_first).eval()
-    x = torch.randn(2, 5, 8)
-    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
-    kept = ~mask if masked else torch.ones(2, 5, dtype=torch.bool)
-    with torch.no_grad():
-        bare = model(x, src_key_padding_mask=mask)
-        if masked and not norm_first:
-            assert (bare[~kept] == 0).all()  # the fast path is on: only it zeroes padded positions
-        inject(model, LoraConfig(target_modules=["linear1", "linear2"], **ALIVE))
-        evaluated = model(x, src_key_padding_mask=mask)
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    with torch.no_grad():
-        trained = model.train()(x, src_key_padding_mask=mask)
-        assert (evaluated - bare)[kept].abs().max() > 1e-2
-        torch.testing.assert_close(evaluated[kept], trained[kept])
-        again = merge_and_unload(model.eval())(x, src_key_padding_mask=mask)
-        torch.testing.assert_close(again[kept], evaluated[kept])
-    assert not masked or norm_first or (again[~kept] == 0).all()  # the fast path is on again
-
 
 # --- a library's function in the place of torch.nn.functional.linear --------------------------------------------------
 

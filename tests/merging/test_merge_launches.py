@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,28 +20,48 @@ from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
 
 pytestmark = pytest.mark.full
 
-MERGE = "lora_merge_record_"
+
+def is_second(weights_or_record: list[torch.Tensor] | MergeRecord, *_: object) -> bool:
+    """Returns whether a call is for the weight in bfloat16, after that in float32."""
+    first = weights_or_record[0] if isinstance(weights_or_record, list) else weights_or_record
+    return first.dtype == torch.bfloat16
 
 
-def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
+BETWEEN = merged_module, "merge_all_", lambda *_: True  # the old set is out, the new one not yet in
+FAILURES = {
+    "no memory for a record": (MergeRecord, "to", is_second, torch.OutOfMemoryError),
+    "no memory between two sets": (*BETWEEN, MemoryError),
+    "Ctrl-C between two sets": (*BETWEEN, KeyboardInterrupt),
+    "exit between two sets": (*BETWEEN, SystemExit),
+    "the launch of a merge": (torch.ops.lora_ext, "lora_merge_record_", is_second, RuntimeError),
+    "the launch of an unmerge": (torch.ops.lora_ext, "lora_unmerge_", is_second, RuntimeError),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_an_error_in_the_middle(what, monkeypatch):
     model = hard_model([torch.float32, torch.bfloat16])
     pristine = weights(model)
     merge(model, "a")
-
+    owner, name, fails, error = FAILURES[what]
+    is_op = owner is torch.ops.lora_ext
+    original = getattr(owner, name).default if is_op else getattr(owner, name)
     failed = []
 
-    def fail_once(self, device):
-        if self.dtype == torch.bfloat16 and not failed:
-            failed.append(True)
-            raise torch.OutOfMemoryError("nothing left")
-        return self
+    def fail_once(*arguments, **options):
+        if failed or not fails(*arguments):
+            return original(*arguments, **options)
+        failed.append(all_same(weights(model), pristine))
+        raise error("now")
 
+    changes = [lambda: merge(model, "b"), lambda: model["layer1"].merge("b"), lambda: unmerge(model)]
     with monkeypatch.context() as patch:
-        patch.setattr(MergeRecord, "to", fail_once)
-        for change in (lambda: unmerge(model), lambda: merge(model, "b")):
+        patch.setattr(owner, name, SimpleNamespace(default=fail_once) if is_op else fail_once)
+        for change in changes[:2] if name == "lora_merge_record_" else changes:
             failed.clear()
-            with refused(model, torch.OutOfMemoryError, "nothing left"):
+            with refused(model, error, "now"):
                 change()
+            assert failed == [owner is merged_module and change is not changes[1]]
     assert_restores(model, pristine)
 
 
@@ -74,53 +95,6 @@ assert not any(map(torch.equal, weights, before))
 def test_out_of_memory_in_an_op(free):
     result = run_forked("-c", SHORT_OF_MEMORY.format(free=free))
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_an_error_between_unmerging_the_old_set_and_merging_the_new_one(monkeypatch, error):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-
-    original, failed = merged_module.merge_all_, []
-
-    def fail_once(caller, weights, *arguments, **options):
-        if failed:
-            return original(caller, weights, *arguments, **options)
-        failed.append(all_same(weights, pristine[: len(weights)]))
-        raise error("now")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(merged_module, "merge_all_", fail_once)
-        for change in (lambda: merge(model, "b"), lambda: model["layer0"].merge("b")):
-            failed.clear()
-            with refused(model, error, "now"):
-                change()
-            assert failed == [True]
-    assert_restores(model, pristine)
-
-
-@pytest.mark.parametrize("op", [MERGE, "lora_unmerge_"])
-def test_a_launch_that_fails_after_another(monkeypatch, op):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-    original = getattr(torch.ops.lora_ext, op).default
-
-    class FailsOnce:
-        failed = False
-
-        def default(self, weights, *arguments):
-            if weights[0].dtype == torch.bfloat16 and not self.failed:
-                self.failed = True
-                raise RuntimeError("launch failed")
-            return original(weights, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, op, FailsOnce())
-        with refused(model, RuntimeError, "launch failed"):
-            merge(model, "b")
-    assert_restores(model, pristine)
 
 
 # --- which merges wait for a GPU: reading a value of a fake tensor raises an error ------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.merged_models import (
-    add_adapter,
     all_same,
     assert_restores,
     hard_layer,
@@ -17,12 +16,10 @@ from support.merged_models import (
     weights,
 )
 from support.merging import same_bits
-from support.models import llama
 from torch import nn
 
-from lora_ext import AdapterPool, LoraConfig, inject, merge, set_adapter, unmerge
-from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload
-from lora_ext.merging.weights import merge_all_, pack_factors, unmerge_all_
+from lora_ext import merge, unmerge
+from lora_ext.adapters import lora_modules
 from lora_ext.nn import LoraLinear
 
 
@@ -149,96 +146,3 @@ def test_names():
         with refused(model, error, text):
             change()
     assert_restores(model, pristine)
-
-
-def test_a_weight_tied_while_another_adapter_is_merged():
-    model = inject(llama().eval(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False), "a")
-    for _, layer in lora_modules(model):
-        add_adapter(layer, "b", 2, 1e-2)
-    pristine = weights(model)
-    merge(model, "a")
-    model.model.embed_tokens.weight = model.lm_head.base_layer.weight
-    with refused(model, ValueError, "the weight of 'lm_head' is shared with 'model.embed_tokens'"):
-        merge(model, "b")
-    assert_restores(model, pristine)
-
-
-def test_a_computed_weight():
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    model = nn.ModuleList([hard_layer(torch.float32), hard_layer(torch.float32)])
-    pristine = weights(model)
-    torch.nn.utils.parametrize.register_parametrization(model[1].base_layer, "weight", Double())
-    for change in (lambda: merge(model), lambda: merge_and_unload(model), model[1].merge):
-        with refused(model, RuntimeError, "the weight.* is not a parameter but computed; remove its parametrization"):
-            change()
-    torch.nn.utils.parametrize.remove_parametrizations(model[1].base_layer, "weight", leave_parametrized=False)
-    merge(model)
-    torch.nn.utils.parametrize.register_parametrization(model[1].base_layer, "weight", Double())
-    with refused(model, RuntimeError, "unmerge: the weight of '1' is not a parameter but computed"):
-        unmerge(model)
-    torch.nn.utils.parametrize.remove_parametrizations(model[1].base_layer, "weight", leave_parametrized=False)
-    assert_restores(model, pristine)
-
-
-# --- weights that share memory ----------------------------------------------------------------------------------------
-
-
-def test_layers_whose_weights_share_memory_are_refused():
-    model = nn.ModuleDict({name: hard_layer(torch.bfloat16) for name in ("x", "y", "z")})
-    whole = torch.cat([model["x"].weight, model["x"].weight])
-    rows = model["x"].weight.shape[0]
-    for offset in (0, 1, rows - 1):
-        model["x"].base_layer.weight = nn.Parameter(whole[:rows], requires_grad=False)
-        model["z"].base_layer.weight = nn.Parameter(whole[offset : offset + rows], requires_grad=False)
-        for change in (lambda: merge(model, "a"), lambda: merge_and_unload(model)):
-            with refused(model, RuntimeError, r"weights\[0\] shares memory with weights\[2\], which would change"):
-                change()
-    model["z"].base_layer.weight = nn.Parameter(whole[rows:], requires_grad=False)  # adjacent
-    before = weights(model)
-    merge(model, "a")
-    unmerge(model)
-    assert all_same(weights(model), before)
-
-
-@pytest.mark.parametrize(
-    ("cuts", "overlap"),
-    [
-        ([(0, 300), (300, 600)], False),
-        ([(0, 256), (300, 600), (260, 270)], False),
-        ([(0, 300), (299, 600)], True),
-        ([(0, 256), (600, 610), (200, 300)], True),
-    ],
-    ids=str,
-)
-def test_blocks_of_columns_of_one_matrix(cuts, overlap):
-    """Blocks of a packed q, k, v projection: disjoint, though their address ranges overlap."""
-    whole = torch.randn(20, 650)
-    blocks = [whole[:, begin:end] for begin, end in cuts]
-    factors = [pack_factors(whole.dtype, [(torch.randn(2, b.shape[1]), torch.randn(20, 2), 0.5)]) for b in blocks]
-    arguments = "test", blocks, [A for A, _ in factors], [B for _, B in factors]
-    before = whole.clone()
-    if overlap:
-        with pytest.raises(RuntimeError, match="shares memory"):
-            merge_all_(*arguments)
-    else:
-        records = merge_all_(*arguments)
-        assert not same_bits(whole, before)
-        unmerge_all_("test", blocks[::-1], records[::-1])
-    assert same_bits(whole, before)
-
-
-def test_without_an_active_adapter_the_message_says_why(tmp_path):
-    model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with disable_adapters(model), pytest.raises(RuntimeError, match="no adapter is active .*outside disable_adapters"):
-        merge(model)
-    set_adapter(model, [])
-    with pytest.raises(RuntimeError, match="call set_adapter"):
-        merge(model)
-    model = llama()
-    with AdapterPool(model, tmp_path, target_modules=["q_proj"], r=2, max_bytes=10**6):
-        for function in (merge, merge_and_unload):
-            with pytest.raises(RuntimeError, match="no adapter is active .*load_adapter"):
-                function(model)

@@ -16,7 +16,7 @@ from support.models import refused
 from torch import nn
 
 from lora_ext import functional, load_adapter, merge, save_adapter, set_adapter
-from lora_ext.adapters import adapter_status, delete_adapter, disable_adapters, lora_modules
+from lora_ext.adapters import adapter_status, delete_adapter, disable_adapters, lora_modules, merge_and_unload
 from lora_ext.nn import LoraLinear, LoraMultiheadAttention
 
 
@@ -87,27 +87,41 @@ def test_separate_passes_read_shared_inputs_once(monkeypatch):
     assert rows == [3 * E, out_proj, E, 2 * E, out_proj, E, E, E, out_proj]
 
 
+HELD = ("self_attn.base_layer.out_proj", "linear1", "linear2")
+
 # --- modules that hold an attention -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("targets", [["self_attn"], ["out_proj"], "all-linear"])
-def test_encoder_layers_call_the_adapted_attention(targets, training):
-    base = encoder().train(training)
-    x, padding = torch.randn(N, L, E, dtype=torch.float64), torch.zeros(N, L, dtype=torch.bool)
+@pytest.mark.pairs
+@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
+@pytest.mark.parametrize("targets", [["self_attn"], ["out_proj"], ["linear1", "linear2"], "all-linear"], ids=str)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoders(targets, norm_first, masked):
+    """PyTorch's fast path reads weights in eval mode: adapters act there, too."""
+    base, x = encoder(norm_first=norm_first).eval(), torch.randn(N, L, E, dtype=torch.float64)
+    mask = torch.tensor([[False] * L, [False] * 3 + [True] * 2]) if masked else torch.zeros(N, L, dtype=torch.bool)
     model = adapted(copy.deepcopy(base), targets)
-    kinds = {path: type(layer) for path, layer in lora_modules(model) if "self_attn" in path}
-    wanted = {"layers.0.self_attn": LoraMultiheadAttention, "layers.0.self_attn.base_layer.out_proj": LoraLinear}
-    assert {path: kind for path, kind in kinds.items() if path.startswith("layers.0")} == wanted
-    held = {status.layer for status in adapter_status(model) if status.layer.startswith("layers.0.self")}
-    assert held == wanted.keys() - ({"layers.0.self_attn"} if targets != ["self_attn"] else set())
+    if targets == "all-linear":
+        kinds = {path: type(layer) for path, layer in lora_modules(model) if "layers.0.self_attn" in path}
+        assert [*kinds.values()] == [LoraMultiheadAttention, LoraLinear]
+        held = {status.layer for status in adapter_status(model)}
+        assert held == {f"layers.{i}.{name}" for i in range(2) for name in HELD}
     with torch.no_grad():
-        exact = merged_copy(model)(x)
-        assert (exact - base(x)).abs().max() > 1e-2
-        torch.testing.assert_close(model(x), exact)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding), exact)
-        merge(model.eval())
-        torch.testing.assert_close(model(x), exact)
+        bare, exact = (one(x, src_key_padding_mask=mask) for one in (base, merged_copy(model)))
+        if masked:  # only the fast path zeroes padded positions
+            assert (bare[mask] == 0).all() != norm_first
+        assert (exact - bare)[~mask].abs().max() > 1e-2
+        evaluated = model(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(evaluated[~mask], exact[~mask])
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(x, src_key_padding_mask=mask)[~mask], exact[~mask])
+        for one in (merge(model.eval()), merge_and_unload(model)):
+            torch.testing.assert_close(one(x, src_key_padding_mask=mask)[~mask], exact[~mask])
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(model(x, src_key_padding_mask=mask), exact)  # the fast path is on again
 
 
 def test_the_attention_stays_wrapped_until_its_last_adapter_goes():

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import refused
 from support.small_nets import CONVOLUTIONS, ConvNet, input_of
 from torch import nn
 
 from lora_ext import LoraConfig, inject, merge, unmerge
-from lora_ext.adapters import merge_and_unload
 
 ALIVE = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 
@@ -33,19 +31,6 @@ def test_rows_that_choose_need_a_batch():
     model, x = adapted("2d").eval(), input_of("2d")
     with pytest.raises(ValueError, match=r"adapter_names needs a batch, but the layer's input is \[6, 9, 10\]"):
         model(x[0], adapter_names=["default"] * 6)
-
-
-def test_grouped_updates_are_not_merged():
-    model = adapted("2d grouped").eval()
-    for operation in (merge, merge_and_unload):
-        with refused(model, ValueError, "groups=2 cannot be merged", "run unmerged"):
-            operation(model)
-
-
-def test_lora_bias_without_a_bias_is_not_merged():
-    model = adapted("3d", target_modules=["conv"], lora_bias=True).eval()
-    with refused(model, ValueError, "lora_bias cannot be merged, as the base layer has no bias"):
-        merge(model)
 
 
 def test_a_layer_whose_memory_format_changed_is_not_unmerged():

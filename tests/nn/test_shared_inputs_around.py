@@ -6,13 +6,13 @@ import copy
 import functools
 import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
+from support.threads import run_together
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -113,24 +113,18 @@ def test_copies_share_among_themselves(duplicate, calls):
 
 
 def test_threads_do_not_take_each_others_outputs():
-    model, errors = net(3).eval(), []
+    model = net(3).eval()
     xs = [some_x() + i for i in range(4)]
     with torch.no_grad():
         expected = [model(x) for x in xs]
         model(xs[0])
 
+    @torch.no_grad()
     def run(i: int) -> None:
-        with torch.no_grad():
-            for _ in range(40):
-                if not torch.allclose(model(xs[i]), expected[i], atol=1e-5):
-                    errors.append(i)
+        for _ in range(40):
+            torch.testing.assert_close(model(xs[i]), expected[i])
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    assert run_together(*(lambda i=i: run(i) for i in range(4))) == [None] * 4
     assert groups(model) == {"qkv"}
 
 

@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from support.models import llama, logits, refused, token_ids
-from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import unload
@@ -45,23 +44,6 @@ def test_an_injected_part_is_refused_by_its_layers():
     inject(model.model, LoraConfig(target_modules=["q_proj"], **ALIVE))
     with pytest.raises(ValueError, match=f"LoraLinear: base_layer is a layer of PEFT; .*{DOORS}"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
-
-
-@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", ["lora_A"], ["o_proj"]])
-def test_peft_below_is_refused(targets):
-    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    text = "inject: 'base_model.model.model.layers.0.self_attn.q_proj' is a layer of PEFT (Linear); merge or remove"
-    with refused(model, ValueError, text, "merge_and_unload()", "lora_ext.integrations.peft.accelerate(peft_model)"):
-        inject(model, LoraConfig(target_modules=targets))
-    inject(model.merge_and_unload(), LoraConfig(target_modules=["q_proj"]))
-
-
-def test_modules_that_peft_trains_are_refused():
-    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    part = model.base_model.model
-    part.model = nn.Identity()
-    with refused(part, ValueError, "inject: 'lm_head' is a layer of PEFT (ModulesToSaveWrapper)"):
-        inject(part, LoraConfig(target_modules=["original_module"]))
 
 
 def test_save_pretrained_writes_our_adapter_after_add_adapter_was_refused(tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.mixtures import LargestTensor
 from support.peft_pairs import config, pair, set_active, spread_magnitudes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext.integrations.peft import report
 
@@ -93,19 +93,9 @@ def test_hooks_are_called_by_pefts_code(what):
 
 
 def test_no_tensor_of_the_weights_size_is_made():
-    class LargestResult(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, torch.Tensor) and not func.is_view:
-                    self.numel = max(self.numel, tensor.numel())
-            return result
-
     largest = []
     for model in pair(nn.Sequential(nn.Linear(512, 640)), config(**DORA)):
-        with LargestResult() as seen:
+        with LargestTensor() as seen:
             model(torch.randn(3, 512)).sum().backward()
         largest.append(seen.numel)
     assert largest[0] >= 512 * 640 and largest[1] <= 640 * 4 * 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from contracts.kinds import Accelerated, input_of, of_kinds
 from peft.tuners.tuners_utils import BaseTuner
-from support.models import llama, logits, refused, token_ids
+from support.models import llama, logits, token_ids
 from support.peft_pairs import TARGETS, config, pair
 from torch import nn
 
@@ -43,24 +43,6 @@ def test_injected_layers_are_accelerated_too():
     model = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Linear(6, 10)))
     assert type(accelerate(model)[0]) is ours_layers.Linear
     assert accelerate(model[0]) is model[0]
-
-
-def test_no_layers_to_accelerate():
-    model = llama()
-    with refused(model, ValueError, "LlamaForCausalLM has no PEFT LoRA layers", "get_peft_model()"):
-        accelerate(model)
-    assert str(report(model)) == "no PEFT LoRA layers"
-
-
-def test_merged_layers_are_not_restored():
-    model = accelerate(adapted())
-    model.merge_adapter()
-    with refused(model, RuntimeError, "merged into 6 layers", "q_proj' first", "call unmerge_adapter() first"):
-        restore(model)
-    assert all(type(layer) is ours_layers.Linear for _, layer in _lora_layers(model))
-    model.unmerge_adapter()
-    restore(model)
-    assert not any(layer.accelerated for layer in report(model))
 
 
 @of_kinds(Accelerated)
@@ -198,5 +180,6 @@ def test_scaled_embeddings():
 def test_a_long_report_names_the_first_layers_of_each_reason():
     text = str(report(adapted()))
     assert text.startswith("forward and backward: 0 of 6 LoRA layers on lora_ext's ops\n")
+    assert str(report(llama())) == "no PEFT LoRA layers"
     assert text.count("q_proj (Linear)") == 4 and text.count("    and 2 more") == 2
     assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "with adapter_names" in text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.groups import watch_calls
 from support.models import logits, token_ids
-from support.peft_pairs import alora_prompts, assert_same_step, config, model_pair, pair
+from support.peft_pairs import alora_prompts, assert_same_step, config, mlp_pair, model_pair
 from torch import Tensor, nn
 
 from lora_ext.integrations.peft import accelerate, restore
@@ -47,13 +47,8 @@ def test_the_same_numbers(name, options, rows_added):
     torch.testing.assert_close(logits(restore(ours), ids), logits(theirs, ids))
 
 
-def mlp_pair(**options) -> tuple[nn.Module, nn.Module]:
-    configs = [config(target_modules=["0", "2"], **options, r=r) for r in (4, 3, 2)]
-    return pair(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)), *configs)
-
-
 def test_variants_and_disabled_adapters_stay_pefts():
-    theirs, ours = mlp_pair()
+    theirs, ours = mlp_pair({}, {"r": 3}, {"r": 2})
     x = torch.randn(5, 12)
     for model in (theirs, ours):
         model.add_adapter("dora", config(target_modules=["0"], use_dora=True))
@@ -65,7 +60,7 @@ def test_variants_and_disabled_adapters_stay_pefts():
 
 
 def test_pefts_refusals():
-    _, ours = mlp_pair()
+    _, ours = mlp_pair({}, {"r": 3}, {"r": 2})
     x = torch.randn(5, 12)
     with pytest.raises(ValueError, match="Trying to infer with non-existing adapter"):
         ours(x, adapter_names=["x"] * 5)

@@ -11,6 +11,7 @@ from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     PerGroup,
@@ -38,6 +39,15 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.tanh(self.up(x)))
+
+
+class Packed(nn.Module):
+    """A linear layer as other libraries replace it: no nn.Linear, and no weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8))
 
 
 def net(format: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -165,21 +175,35 @@ def test_copies(format, how):
     assert all(torch.equal(a, b) for a, b in zip(stored(model).values(), stored(other).values(), strict=True))
 
 
-def test_int4_of_torchao_is_refused_by_name():
-    """Its kernels need CUDA; here its weight is put together by hand."""
+def test_every_layer_that_cannot_be_adapted_is_listed():
+    model = net("nf4")
+    model.tile, model.scaled, model.fine = nn.Linear(128, 64), nn.Linear(32, 32), nn.Linear(4, 4)
+    # Its kernels need CUDA; here the weight is put together by hand.
     packed, scales = torch.zeros(8, 4, 32, 4, dtype=torch.int32), torch.ones(2, 64, 2, dtype=torch.bfloat16)
-    model = Net()
-    weight = Int4TilePackedTo4dTensor(packed, scales, [1, 32], torch.Size([64, 128]))
-    model.down.weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(TypeError, match=r"down \(Linear\): its weight is a torchao Int4Tile.*no gradient; use\s+Intx"):
-        inject(model, CONFIG)
-
-
-def test_refusals():
-    with pytest.raises(TypeError, match=r"down \(Linear4bit\): modules_to_save would train its quantised weight"):
-        inject(net("nf4"), LoraConfig(target_modules=["up"], modules_to_save=["down"]))
-    with pytest.raises(TypeError, match=r"up\.weight: it is quantised as bitsandbytes"):
-        inject(net("nf4"), LoraConfig(target_modules=[], target_parameters=["up.weight"]))
+    tile = Int4TilePackedTo4dTensor(packed, scales, [1, 32], torch.Size([64, 128]))
+    model.tile.weight = nn.Parameter(tile, requires_grad=False)
+    quantize_(model.scaled, Int8DynamicActivationInt8WeightConfig())
+    model.sixteen, model.table = bitsandbytes.nn.Linear8bitLt(4, 4), bitsandbytes.nn.Embedding4bit(4, 64)
+    model.packed, model.lazy, model.integer = Packed(4, 4), nn.LazyLinear(4), nn.Linear(4, 4)
+    model.integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    targets = ["tile", "scaled", "sixteen", "table", "packed", "lazy", "integer", "fine"]
+    before = {path: id(module) for path, module in model.named_modules()}
+    with pytest.raises(TypeError) as caught:
+        inject(model, LoraConfig(target_modules=targets, modules_to_save=["down"], target_parameters=["up.weight"]))
+    for line in (
+        "tile (Linear): its weight is a torchao Int4TilePackedTo4dTensor, whose kernels compute no gradient; use",
+        "scaled (Linear): torchao (Int8Tensor) quantises its input too, and passes no gradient to it; use a weight-",
+        "sixteen (Linear8bitLt): it keeps 16-bit weights and quantises them in each call; set has_fp16_weights=False",
+        "table (Embedding4bit): it is quantised as bitsandbytes Embedding4bit, and only Linear4bit and Linear8bitLt",
+        "packed (Packed): it is quantised in a format that is not supported (Packed has a qweight); load the",
+        "lazy (LazyLinear): its weight is not initialised yet",
+        "integer (Linear): its weight is torch.int8, want one of",
+        "down (Linear4bit): modules_to_save would train its quantised weight",
+        "up.weight: it is quantised as bitsandbytes",
+    ):
+        assert line in str(caught.value)
+    assert "fine" not in str(caught.value)
+    assert {path: id(module) for path, module in model.named_modules()} == before
 
 
 def _torchao(config):
@@ -241,15 +265,6 @@ def test_exported_programs_compute_the_same(format, strict):
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), expected)
     assert sum("lora_ext" in str(node.target) for node in program.graph.nodes) == 2
-
-
-class Packed(nn.Module):
-    """A linear layer as other libraries replace it: no nn.Linear, and no weight."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8))
 
 
 def test_all_linear_tells_of_the_quantised_layers_that_it_leaves_out():

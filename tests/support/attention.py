@@ -32,7 +32,7 @@ class Wrapper(nn.Module):
 
 def encoder(**settings: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64, **settings)
-    return nn.TransformerEncoder(layer, 2)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not layer.norm_first)
 
 
 def adapted(base: nn.Module, targets: list[str] | str = ("attention",), name: str = "default", **settings) -> nn.Module:

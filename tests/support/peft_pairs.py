@@ -31,6 +31,12 @@ def pair(model: nn.Module, *configs: peft.LoraConfig) -> tuple[nn.Module, nn.Mod
     return theirs, accelerate(copy.deepcopy(theirs))
 
 
+def mlp_pair(*options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Makes a :func:`pair` of two linear layers, with an adapter for each of ``options``."""
+    configs = [config(**{"target_modules": ["0", "2"]} | more) for more in options or ({},)]
+    return pair(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)), *configs)
+
+
 def model_pair(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
     extra = {"target_modules": TARGETS[name], "fan_in_fan_out": name == "gpt2"}
     return pair(MODELS[name]().to(dtype), config(**extra | options))

@@ -13,8 +13,10 @@ from typing import Any
 
 import peft
 import torch
-from support.models import Net, bert
+from accelerate import cpu_offload
+from support.models import Net, adapter_of_net, bert, llama
 from support.public_calls import NAN, Call
+from support.small_nets import ConvNet
 from torch import nn
 
 from lora_ext import (
@@ -49,6 +51,31 @@ def merged() -> Net:
     return merge(injected(), ["a"])
 
 
+def adapting(make: Callable[[], nn.Module], *targets: str, **options: Any) -> Callable[[], nn.Module]:
+    """Makes a model with the adapter "a"."""
+    return lambda: inject(make().eval(), LoraConfig(r=2, target_modules=targets, **options), "a")
+
+
+def with_biases() -> Net:
+    """Makes a model in which "a" would change a bias that "b" trains."""
+    return adapting(lambda: inject(Net(), BIASED, "b"), "up", lora_bias=True)()
+
+
+def of_two_sets_of_rows() -> nn.Module:
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    return adapters.set_adapter(inject(inject(llama(), rows, "a"), rows, "b"), ["a", "b"])
+
+
+def with_a_layer() -> Net:
+    model = Net()
+    model.head = layers.LoraLinear(model.head)
+    return model
+
+
+def offloaded(model: nn.Module) -> nn.Module:
+    return cpu_offload(model, execution_device="cpu")
+
+
 def disabled() -> Net:
     """Makes a model in a disable_adapters context that is never left."""
     model = injected()
@@ -64,9 +91,21 @@ def with_nan() -> Net:
     return model
 
 
-def parametrized() -> Net:
-    model = injected()
+def parametrized(model: Net) -> Net:
     torch.nn.utils.parametrizations.weight_norm(model.blocks[0].up.base_layer)
+    return model
+
+
+def tied_while_merged() -> Net:
+    model = merged()
+    model.other = nn.Linear(6, 10)
+    model.other.weight = model.blocks[0].up.weight
+    return model
+
+
+def sharing_memory() -> Net:
+    model = injected()
+    model.blocks[1].up.base_layer.weight = nn.Parameter(model.blocks[0].up.weight[:], requires_grad=False)
     return model
 
 
@@ -97,6 +136,14 @@ def saved_method(directory: Path) -> Path:
 
 def peft_model() -> peft.PeftModel:
     return peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["up"]))
+
+
+def part_of_peft() -> Net:
+    """Makes a model in which PEFT only trains a module in full."""
+    config = peft.LoraConfig(target_modules=["up"], modules_to_save=["head"])
+    model = peft.get_peft_model(Net(), config).base_model.model
+    model.blocks = nn.ModuleList()
+    return model
 
 
 def merged_peft_model() -> peft.PeftModel:
@@ -216,6 +263,7 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     layers.EmbeddingAdapter: lambda _: {"num_embeddings": 6, "embedding_dim": 4, "r": 2, "lora_alpha": 4.0},
     layers.PackedAdapter: lambda _: SIZES | {"enable_lora": [True, False, True]},
     layers.DoraAdapter: lambda _: dict(SIZES),
+    layers.ActiveAdapters: lambda _: {"names": ["a"]},
     # analysis
     analysis.factored_svd: lambda _: factors(),
     analysis.block_krylov_svd: lambda _: {"weight": torch.randn(6, 4), "rank": 2, "seed": 0},
@@ -268,10 +316,53 @@ TWO_RANKS = {
 RANK_1 = {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")}
 INJECTED_BERT = {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))}
 MERGED_BERT = {"model": lambda: merge(adapted("lora", target_modules=["query"]))}
+DORA_16_BITS = {"model": adapting(lambda: Net().bfloat16(), "up", use_dora=True), "rounding": "stochastic"}
+
+
+def offloading(make: Callable[[], nn.Module], *targets: str, **options: Any) -> dict[str, Any]:
+    """A model whose values are not in memory, and the options of a config that reads some."""
+    return {"model": lambda: offloaded(make()), "config": LoraConfig(target_modules=targets, **options)}
+
+
+def file_of(**options: Any) -> dict[str, Any]:
+    """A file of another adapter than those of :func:`injected`."""
+    options = {"target_modules": ["up", "down"], "modules_to_save": None} | options
+    return {"directory": lambda path: adapter_of_net(path / "other", **options)}
+
+
+# What neither merge nor merge_and_unload merges: changes of the arguments, the error, words.
+NOT_MERGED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"calibration": []}, ValueError, "FUNCTION: calibration runs the model with its active adapters"),
+    ({"rounding": "random"}, ValueError, "FUNCTION: rounding is 'random', want one of 'nearest', 'stochastic'"),
+    ({"rounding": "stochastic", "seed": 2**64}, ValueError, "seed is 18446744073709551616, want an integer of 64 bits"),
+    ({"rounding": "stochastic"}, TypeError, "FUNCTION: the weight of 'blocks.0.up' is torch.float32, where"),
+    (DORA_16_BITS, ValueError, "the weight of 'blocks.0.up' gets a DoRA adapter; leave out"),
+    NO_LAYER,
+    NO_NAMES,
+    NO_NAME,
+    NONE_ACTIVE,
+    ({"model": with_nan, "adapter_names": "b"}, ValueError, "the weight of 'blocks.1.up' NaN or infinite: the adapter"),
+    ({"model": lambda: parametrized(injected())}, RuntimeError, "'blocks.0.up' is not a parameter but computed; remo"),
+    ({"model": tied, "adapter_names": "b"}, ValueError, "is shared with 'blocks.1.up', which would change too"),
+    ({"model": tied_while_merged, "adapter_names": "b"}, ValueError, "'blocks.0.up' is shared with 'other'"),
+    ({"model": sharing_memory}, RuntimeError, "weights[0] shares memory with weights[2], which would change"),
+    ({"model": adapting(lambda: ConvNet("2d grouped"), "conv")}, ValueError, "groups=2 cannot be merged"),
+    (
+        {"model": adapting(lambda: ConvNet("3d"), "conv", lora_bias=True)},
+        ValueError,
+        "lora_bias cannot be merged, as the base layer has no bias",
+    ),
+    (
+        {"model": adapting(lambda: llama(True), "q_proj", "lm_head", trainable_token_indices=[7])},
+        ValueError,
+        "'lm_head.base_layer' has trained rows (trainable_token_indices), which would lose the update; run unmerged",
+    ),
+]
+OTHERS = LoraConfig(target_modules=["original_module", "head"]), LoraConfig(target_modules=["lora_A"])
 FEW_DIRECTIONS = {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)}
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
-    *((take, {"calibration": []}, ValueError, "FUNCTION: calibration ") for take in (merge, adapters.merge_and_unload)),
+    *((take, *refusal) for take in (merge, adapters.merge_and_unload) for refusal in NOT_MERGED),
     *((inject, {"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a") for bad in ("a.b", "keys", "")),
     (inject, {"model": injected}, ValueError, f"adapter 'a' {TAKEN}"),
     (inject, {"model": merged, "adapter_name": "c"}, RuntimeError, MERGED),
@@ -279,6 +370,19 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (inject, {"config": LoraConfig(target_modules=["norm"])}, TypeError, "norm (BatchNorm1d): no LoRA layer adapts B"),
     (inject, {"config": LoraConfig(target_parameters=["norm.weight"])}, TypeError, "norm.weight"),
     (inject, {"model": lambda: inject(Net(), BIASED, "b"), "config": BIASED}, ValueError, "bias is 'all', but the ada"),
+    (inject, {"model": with_a_layer}, ValueError, "Net has LoRA layers already ('head')"),
+    (
+        inject,
+        {"model": peft_model},
+        ValueError,
+        "FUNCTION: 'base_model.model.blocks.0.up' is a layer of PEFT (L",
+    ),
+    *((inject, {"model": peft_model, "config": other}, ValueError, "is a layer of PEFT (Linear)") for other in OTHERS),
+    (inject, {"model": part_of_peft, "config": OTHERS[0]}, ValueError, "'head' is a layer of PEFT (ModulesToSaveWrapp"),
+    (inject, offloading(Net, "up", modules_to_save=["head"]), TypeError, "head.weight: modules_to_save trains it, but"),
+    (inject, offloading(Net, "up", bias="all"), TypeError, "blocks.0.up.bias: bias trains it, but it is offloaded"),
+    (inject, offloading(Net, target_parameters=["up.weight"]), TypeError, "its weight is offloaded; keep"),
+    (inject, offloading(llama, "q_proj", trainable_token_indices=[1]), TypeError, "cannot train its rows: its weight"),
     (save_adapter, *BARE),
     (save_adapter, {"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
     (save_adapter, {"normalise": "yes"}, TypeError, "normalise is 'yes' of type str, want True or False"),
@@ -336,31 +440,26 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.hotswap_adapter, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.hotswap_adapter, {"directory": lambda path: path / "none"}, FileNotFoundError, "none/adapter_config.jso"),
     (adapters.hotswap_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
-    (adapters.hotswap_adapter, RANK_1, ValueError, "rank"),
+    (adapters.hotswap_adapter, RANK_1, ValueError, "does not fit the adapter 'a'"),
+    (adapters.hotswap_adapter, file_of(r=3), ValueError, "blocks.0.up.lora_A.weight: [3, 6] in the file, [2, 6] in"),
+    (adapters.hotswap_adapter, file_of(target_modules=["up", "head"]), ValueError, "unexpected key: base_model.model."),
+    (adapters.hotswap_adapter, file_of(modules_to_save=["head"]), ValueError, "unexpected key: base_model.model.head."),
+    (adapters.hotswap_adapter, file_of(lora_bias=True), ValueError, "key: base_model.model.blocks.0.up.lora_B.bias"),
     (adapters.prepare_hotswap, *BARE),
     (adapters.prepare_hotswap, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.prepare_hotswap, {"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2; choose at least 2"),
     (adapters.prepare_hotswap, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
-    (merge, *NO_LAYER),
-    (merge, *NO_NAMES),
-    (merge, *NO_NAME),
-    (merge, *NONE_ACTIVE),
     (merge, {"model": merged}, RuntimeError, f"merge: adapters are already {MERGED}"),
-    (merge, {"model": with_nan, "adapter_names": "b"}, ValueError, "the weight of 'blocks.1.up' NaN or infinite"),
-    (merge, {"model": parametrized}, RuntimeError, "'blocks.0.up' is not a parameter but computed"),
-    (merge, {"model": tied, "adapter_names": "b"}, ValueError, "is shared with 'blocks.1.up', which would change too"),
+    (merge, {"model": with_biases}, ValueError, "the lora_bias of 'blocks.0.up' would go into a bias that 'b' trains"),
     (unmerge, *NO_LAYER),
     (unmerge, *NO_NAMES),
     (unmerge, *NO_NAME),
     (unmerge, {"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
     (unmerge, {"model": injected, "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
+    (unmerge, {"model": lambda: parametrized(merged())}, RuntimeError, "unmerge: the weight of 'blocks.0.up' is not "),
     (unmerge, {"model": lambda: merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
-    (adapters.merge_and_unload, *NO_LAYER),
-    (adapters.merge_and_unload, *NO_NAMES),
-    (adapters.merge_and_unload, *NO_NAME),
-    (adapters.merge_and_unload, *NONE_ACTIVE),
-    (adapters.merge_and_unload, {"model": with_nan, "adapter_names": "b"}, ValueError, "the adapter has NaN or infini"),
     (adapters.merge_and_unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (adapters.merge_and_unload, {"model": of_two_sets_of_rows}, ValueError, "train rows for the tokens [1, 2]"),
     (adapters.unload, *NO_LAYER),
     (adapters.unload, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
     (adapters.unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
@@ -383,8 +482,32 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (methods.load_method, {"model": lambda: adapted("bitfit")}, ValueError, "call remove_method(model) first"),
     (methods.read_method, {"directory": lambda path: path / "none"}, FileNotFoundError, "none"),
     (integration.accelerate, {"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first"),
+    (integration.accelerate, {"merge_rounding": "up"}, ValueError, "FUNCTION: rounding is 'up', want one of 'neare"),
+    (
+        integration.accelerate,
+        {"merge_rounding": "stochastic"},
+        TypeError,
+        "the weight of 'base_model.model.blocks.0.u",
+    ),
+    (integration.accelerate, {"model": None, "merge_rounding": "stochastic"}, ValueError, "pass the model"),
     (integration.restore, {"model": merged_peft_model}, RuntimeError, "adapters are merged into 2 layers"),
     (layers.LoraAdapter, *RANK_0),
+    (
+        layers.LoraAdapter,
+        {"lora_dropout": 1.0},
+        ValueError,
+        "FUNCTION: lora_dropout is 1.0, want 0 <= lora_dropout",
+    ),
+    (layers.LoraAdapter, {"lora_dropout": NAN}, ValueError, "FUNCTION: lora_dropout is nan"),
+    (
+        layers.LoraAdapter,
+        {"lora_alpha": NAN},
+        ValueError,
+        "FUNCTION: lora_alpha is nan, want a finite number of at",
+    ),
+    (layers.LoraAdapter, {"lora_alpha": -1.0}, ValueError, "FUNCTION: lora_alpha is -1.0, want a finite number of at"),
+    (layers.LoraAdapter, {"lora_alpha": float("inf")}, ValueError, "FUNCTION: lora_alpha is inf, want a finite number"),
+    (layers.LoraAdapter, {"init_lora_weights": "pissa"}, ValueError, "is 'pissa', want True, False or \"gaussian\""),
     (layers.LoraAdapter, {"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
     (layers.EmbeddingAdapter, *RANK_0),
     (layers.EmbeddingAdapter, {"num_embeddings": -6}, ValueError, "num_embeddings is -6"),
@@ -426,11 +549,16 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
             (analysis.factored_svd, "lora_A", torch.ones(2, 6)),
         )
     ),
+    (layers.LoraLinear, {"adapter": layers.LoraAdapter(5, 4, 2, 4)}, ValueError, "lora_A has shape [2, 5], want [2,"),
+    (layers.LoraLinear, {"adapter": layers.LoraAdapter(6, 5, 2, 4)}, ValueError, "lora_B has shape [5, 2], want [4,"),
+    (layers.LoraLinear, {"adapter": layers.DoraAdapter(6, 4, 2, 4)}, TypeError, "is a DoraAdapter, want one without"),
+    (layers.DoraLinear, {"adapter": layers.LoraAdapter(6, 4, 2, 4)}, TypeError, "is a LoraAdapter, want a DoraAdapt"),
+    (layers.LoraEmbedding, {"adapter": layers.EmbeddingAdapter(7, 4, 2, 4)}, ValueError, "lora_A has shape [7, 2], w"),
     *((kind, {"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}") for kind in BASES),
     (layers.LoraPackedLinear, {"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
     (layers.LoraPackedLinear, {"num_parts": 0}, ValueError, "num_parts is 0"),
-    (layers.LoraParameter, {"parameter_name": "x"}, TypeError, "LoraParameter: Linear"),
-    (layers.LoraParameter, {"parameter_name": "bias"}, TypeError, "bias"),
+    (layers.LoraParameter, {"parameter_name": "x"}, TypeError, "its x is computed"),
+    (layers.LoraParameter, {"parameter_name": "bias"}, TypeError, "its bias has 1 dimensions, want 2, or 3"),
     *(
         (function, {"singular_values": torch.tensor(values)}, ValueError, words)
         for function in SPECTRA
