@@ -7,15 +7,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.layers import random_layer
-from support.op_table import OPS
+from support.op_table import OPS, linear
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
-from lora_ext._ops import linear
+from lora_ext._ops import linear as of_linear
 from lora_ext._ops.fast_path import takes_fast_path
 from lora_ext.nn import LoraAdapter, LoraLinear
 
@@ -104,24 +103,21 @@ def test_modes_and_subclasses_see_the_op(name, trains):
 
 
 def test_a_tensor_left_by_a_transform_keeps_its_gradient():
-    layer, left = random_layer((3, 8, 5, 2)), []
-    x = layer.x.clone().requires_grad_()
-    torch.func.grad(lambda z: (left.append(x * 1 + 0 * z), z.sum())[1])(torch.zeros(3, 8))
-    grads = []
-    for tensor in (left[0], x * 1):
-        (grad,) = torch.autograd.grad(functional.lora_linear(tensor, *layer.args()[1:]).square().sum(), x)
-        grads.append(grad)
-    torch.testing.assert_close(*grads)
+    call, left = linear().call, []
+    x = call["x"].clone().requires_grad_()
+    torch.func.grad(lambda z: (left.append(x * 1 + 0 * z), z.sum())[1])(torch.zeros_like(x))
+    losses = [functional.lora_linear(**call | {"x": tensor}).square().sum() for tensor in (left[0], x * 1)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x) for loss in losses))
 
 
 def test_backward_under_autocast_and_modes_as_before():
-    layer = random_layer((3, 8, 5, 2))
-    A = layer.lora_A.requires_grad_()
-    (expected,) = torch.autograd.grad(functional.lora_linear(*layer.args()), A, layer.grad_y)
+    sample = linear()
+    A = sample.call["lora_A"].requires_grad_()
+    (expected,) = torch.autograd.grad(functional.lora_linear(**sample.call), A, sample.grads)
     for state in (STATES["autocast"], DispatchMode, nullcontext):
-        y = functional.lora_linear(*layer.args())
+        y = functional.lora_linear(**sample.call)
         with state() as mode:
-            (grad,) = torch.autograd.grad(y, A, layer.grad_y)
+            (grad,) = torch.autograd.grad(y, A, sample.grads)
         assert torch.equal(grad, expected)
         if isinstance(mode, DispatchMode):
             assert "lora_ext.lora_linear_backward.default" in mode.seen
@@ -152,4 +148,4 @@ def test_seeds_follow_pytorch_s_generator():
 
 
 def test_the_functions_that_are_called_are_the_op_s():
-    assert linear.lora_linear.__self__.overload is torch.ops.lora_ext.lora_linear.default
+    assert of_linear.lora_linear.__self__.overload is torch.ops.lora_ext.lora_linear.default
