@@ -45,13 +45,6 @@ def unused(call: dict[str, object]) -> dict[str, object]:
 used_or_not = pytest.mark.parametrize("use", [lambda call: call, unused], ids=["used", "unused"])
 
 
-def moved(call: dict[str, object], move) -> dict[str, object]:
-    """Returns the call with each tensor moved."""
-    for name, i, tensor in list(tensors_of(call)):
-        call = with_entry(call, name, i, move(tensor))
-    return call
-
-
 def assert_refused(run, op, name, i, call, kind: type[Exception] = ValueError, device: str = "meta") -> None:
     """Requires that ``run`` raises an error with op, argument and device, and changes no tensor."""
     real = [tensor for _, _, tensor in tensors_of(call) if not tensor.is_meta]
@@ -93,7 +86,8 @@ def test_one_meta_tensor_among_real_ones(op, name, i, use, requires_grad):
 @in_every_place
 def test_one_real_tensor_among_meta_ones(op, name, i):
     call = good_call(op)
-    bad = with_entry(moved(call, lambda t: t.to("meta")), name, i, entry_of(call, name, i))
+    meta = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), call)
+    bad = with_entry(meta, name, i, entry_of(call, name, i))
     assert_refused(lambda: op_named(op)(**bad), op, name, i, bad)
 
 
@@ -113,7 +107,7 @@ def test_fake_tensors_of_two_devices(op, name, i):
     call = good_call(op)
     bad = with_entry(call, name, i, entry_of(call, name, i).to("meta"))
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=TWO_DEVICES.format(op)) as error:
-        op_named(op)(**moved(bad, mode.from_tensor))
+        op_named(op)(**pytree.tree_map_only(Tensor, mode.from_tensor, bad))
     assert label(name, i) in str(error.value).split()
 
 

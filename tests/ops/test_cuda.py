@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.groups import random_groups
-from support.layers import DTYPES, Layer, random_layer, relative_error
+from support.layers import DTYPES, relative_error
 from support.op_table import (
     OPS,
     Dtypes,
@@ -22,7 +21,6 @@ from support.op_table import (
     entry_of,
     grouped,
     linear,
-    of_groups,
     results,
     tensors_of,
 )
@@ -41,15 +39,15 @@ def seed_tensor() -> Tensor:
     return torch.tensor(SEED)
 
 
-def step(name: str, sample: Sample) -> dict[str, Tensor]:
-    """Returns the results and the gradients. Does not copy the arguments: views stay views."""
-    return results(OPS[name].run, sample, OPS[name].leaves(sample))
+def dropped(sample: Sample) -> Sample:
+    return sample.with_dropout(0.1, seed_tensor())
 
 
-def layer_step(layer: Layer, seed: Tensor | None = None, dropout_p: float = 0.1) -> dict[str, Tensor]:
-    names = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
-    call = dict(zip(names, layer.args(), strict=True))
-    return step("lora_linear", Sample(call, [layer.grad_y]).with_dropout(dropout_p, seed))
+def with_rows(sample: Sample, x: Tensor, grad_y: Tensor) -> Sample:
+    return Sample(sample.call | {"x": x}, [grad_y])
+
+
+LINEAR, GROUPED = OPS["lora_linear"], OPS["lora_grouped_"]
 
 
 def of_sizes(*sizes: tuple) -> pytest.MarkDecorator:
@@ -97,11 +95,11 @@ def test_as_good_as_pytorch_against_float64(name, make, dtypes, dropout_p):
     (4000, (1024, 768), [(20, 16), 8]),
 )
 def test_the_same_bits_every_run(name, make, dtypes):
-    sample, other = make(dtypes).with_dropout(0.1, seed_tensor()), torch.randn(4096, 4096)
-    first = step(name, sample)
+    sample, other = dropped(make(dtypes)), torch.randn(4096, 4096)
+    first = OPS[name].results(sample)
     for _ in range(5):
         other = (other @ other).clamp(-1, 1)  # different work on the GPU every time
-        assert_bits(step(name, sample), first)
+        assert_bits(OPS[name].results(sample), first)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 100), (129, 4096), (4097, 65)], ids=str)
@@ -110,10 +108,11 @@ def test_the_mask_is_that_of_the_cpu(shape, dropout_p):
     ops = torch.ops.lora_ext
     on_cpu = ops.lora_dropout_mask(seed_tensor().cpu(), *shape, dropout_p)
     assert torch.equal(ops.lora_dropout_mask(seed_tensor(), *shape, dropout_p).cpu(), on_cpu)
-    masks = [ops.lora_grouped_(*random_groups(shape[0], (shape[1], 40), [4, 8]).args(), dropout_p, seed_tensor())[1]]
+    of_groups = grouped(tokens=shape[0], features=(shape[1], 40), entries=[4, 8])
+    masks = [ops.lora_grouped_(**of_groups.with_dropout(dropout_p, seed_tensor()).call)[1]]
     for dtypes in ((torch.float64,) * 2, *NARROW):
-        layer = random_layer((*shape, 7, 3), dtypes)
-        masks.append(ops.lora_linear(*layer.args(), dropout_p, seed_tensor())[2])
+        sample = linear(dtypes, size=(*shape, 7, 3)).with_dropout(dropout_p, seed_tensor())
+        masks.append(ops.lora_linear(**sample.call)[2])
     for mask in masks:
         assert torch.equal(reference.unpack_mask(mask.cpu(), shape[1]), reference.unpack_mask(on_cpu, shape[1]))
 
@@ -122,11 +121,10 @@ def test_the_mask_is_that_of_the_cpu(shape, dropout_p):
 @pytest.mark.parametrize("column", [1, 3, 8])
 def test_unaligned_views(column, dtypes):
     """Rows start at any address: kernels must not assume 16-byte alignment."""
-    whole = random_layer((150, 264, 200, 8), dtypes)
-    view = random_layer((150, 133, 101, 8), dtypes)
-    view.x, view.grad_y = whole.x[:, column : column + 133], whole.grad_y[:, column : column + 101]
-    aligned = Layer(**{**vars(view), "x": view.x.clone(), "grad_y": view.grad_y.clone()})
-    ours, copied, exact = (layer_step(one, seed_tensor()) for one in (view, aligned, view.to(torch.float64)))
+    whole, view = linear(dtypes, size=(150, 264, 200, 8)), dropped(linear(dtypes, size=(150, 133, 101, 8)))
+    x, grad_y = whole.call["x"][:, column : column + 133], whole.grads[0][:, column : column + 101]
+    view, aligned = with_rows(view, x, grad_y), with_rows(view, x.clone(), grad_y.clone())
+    ours, copied, exact = map(LINEAR.results, (view, aligned, view.double()))
     for name, value in exact.items():
         assert relative_error(ours[name], value) <= 2 * relative_error(copied[name], value) + 1e-7, name
 
@@ -136,32 +134,31 @@ def test_unaligned_views(column, dtypes):
 
 def test_runs_on_the_current_stream():
     """On another stream it would read x before the sleeping stream has written it."""
-    layer, stale = random_layer((512, 256, 384, 16), BF16), random_layer((512, 256, 384, 16), BF16)
-    expected = layer_step(layer, seed_tensor())
-    x, grad_y, seed = stale.x.clone(), stale.grad_y.clone(), seed_tensor()
-    moving = Layer(**{**vars(layer), "x": x, "grad_y": grad_y})
+    sample, stale = (dropped(linear(BF16, size=(512, 256, 384, 16))) for _ in range(2))
+    expected = LINEAR.results(sample)
+    x, grad_y = stale.call["x"], stale.grads[0]
+    moving = with_rows(sample, x, grad_y)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # about 0.1 s
-        x.copy_(layer.x)
-        grad_y.copy_(layer.grad_y)
-        found = layer_step(moving, seed)
+        x.copy_(sample.call["x"])
+        grad_y.copy_(sample.grads[0])
+        found = LINEAR.results(moving)
     torch.cuda.synchronize()
     assert_bits(found, expected)
 
 
 def test_memory_freed_on_one_stream_is_not_read_from_another():
     """Scratch memory returns to the allocator while kernels run; only the same stream may reuse it, later."""
-    layers = [random_layer((700, 512, 640, 16), BF16) for _ in range(2)]
-    expected = [layer_step(layer, seed_tensor()) for layer in layers]
-    seed = seed_tensor()
+    samples = [dropped(linear(BF16, size=(700, 512, 640, 16))) for _ in range(2)]
+    expected = list(map(LINEAR.results, samples))
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in layers]
+    streams = [torch.cuda.Stream() for _ in samples]
     for _ in range(20):
         found = []
-        for layer, stream in zip(layers, streams, strict=True):
+        for sample, stream in zip(samples, streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(layer_step(layer, seed))
+                found.append(LINEAR.results(sample))
         torch.cuda.synchronize()
         for result, wanted in zip(found, expected, strict=True):
             assert_bits(result, wanted)
@@ -192,8 +189,8 @@ def captured(function) -> tuple[torch.cuda.CUDAGraph, Any]:
 )
 def test_forward_and_backward_in_a_graph(name, make, dtypes):
     """A captured call reads every tensor at every replay: the seed, groups, ranks and scalings, too."""
-    sample = make(dtypes).with_dropout(0.1, seed_tensor())
-    graph, outputs = captured(lambda: step(name, sample))
+    sample = dropped(make(dtypes))
+    graph, outputs = captured(lambda: OPS[name].results(sample))
     for replay in range(3):
         other = make(dtypes)
         for argument, i, tensor in tensors_of(sample.call):
@@ -204,51 +201,50 @@ def test_forward_and_backward_in_a_graph(name, make, dtypes):
         for output in outputs.values():
             output.fill_(torch.nan)
         graph.replay()
-        for what, eager in step(name, sample).items():
+        for what, eager in OPS[name].results(sample).items():
             rtol = 2 * torch.finfo(eager.dtype).eps
             torch.testing.assert_close(outputs[what], eager, rtol=rtol, atol=1e-5, msg=lambda m, n=what: f"{n}: {m}")
 
 
+def weight_and_factors(dtypes: Dtypes, *size: int) -> tuple[Tensor, Tensor, Tensor]:
+    call = linear(dtypes, size=size).call
+    return call["weight"], call["lora_A"], call["lora_B"]
+
+
 def test_merge_in_a_graph():
-    layer = random_layer((1, 512, 640, 16), BF16)
-    pristine = layer.weight.clone()
+    weight, A, B = weight_and_factors(BF16, 1, 512, 640, 16)
+    pristine = weight.clone()
 
     def merge() -> list[Tensor]:
-        layer.weight.copy_(pristine)
-        functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5, record=False)
-        return [layer.weight]
+        weight.copy_(pristine)
+        functional.lora_merge_(weight, A, B, 0.5, record=False)
+        return [weight]
 
-    graph, (weight,) = captured(merge)
-    layer.lora_A.copy_(torch.randn_like(layer.lora_A))
+    graph, (merged,) = captured(merge)
+    A.copy_(torch.randn_like(A))
     graph.replay()
-    result = weight.clone()
+    result = merged.clone()
     assert torch.equal(merge()[0], result)
 
 
 def test_a_merge_that_waits_is_not_captured():
-    layer = random_layer((1, 64, 40, 8), BF16)
-    pristine = layer.weight.clone()
+    weight, A, B = weight_and_factors(BF16, 1, 64, 40, 8)
+    pristine = weight.clone()
     with pytest.raises(RuntimeError, match="lora_merge_: this merge waits for the GPU, which a CUDA graph cannot"):
-        captured(
-            lambda: [
-                functional.lora_unmerge_(
-                    layer.weight, functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5)
-                )
-            ]
-        )
-    assert torch.equal(layer.weight, pristine)
+        captured(lambda: [functional.lora_unmerge_(weight, functional.lora_merge_(weight, A, B, 0.5))])
+    assert torch.equal(weight, pristine)
 
 
 @of_sizes((300, 256, 384, 16), (20, (256, 192), [(6, 8), 4]), (200, (256, 192), [(6, 8), 4]))
 def test_never_waits_for_the_gpu(name, make):
-    sample, layer = make(BF16).with_dropout(0.1, seed_tensor()), random_layer((1, 64, 40, 8), BF16)
+    sample, layer = dropped(make(BF16)), weight_and_factors(BF16, 1, 64, 40, 8)
     drawn = Sample(sample.call | {"seed": None}, sample.grads)  # on the device
-    step(name, sample)
+    OPS[name].results(sample)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(name, sample)
-        step(name, drawn)
-        functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5, record=False)
+        OPS[name].results(sample)
+        OPS[name].results(drawn)
+        functional.lora_merge_(*layer, 0.5, record=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -256,12 +252,12 @@ def test_never_waits_for_the_gpu(name, make):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_another_gpu_than_the_current_one():
     with torch.device("cuda:1"):
-        layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
-    found = layer_step(layer, seed)
-    functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5)
+        sample, layer = dropped(linear(BF16, size=(300, 256, 384, 16))), weight_and_factors(BF16, 1, 64, 40, 8)
+    found = LINEAR.results(sample)
+    functional.lora_merge_(*layer, 0.5)
     assert torch.cuda.current_device() == 0
     assert {result.device.index for result in found.values()} == {1}
-    assert all(torch.isfinite(result).all() for result in [*found.values(), layer.weight])
+    assert all(torch.isfinite(result).all() for result in [*found.values(), layer[0]])
 
 
 # --- mixed batches ----------------------------------------------------------------------------------------------------
@@ -269,11 +265,10 @@ def test_tensors_on_another_gpu_than_the_current_one():
 
 @pytest.mark.parametrize("num_tokens", [20, 200])
 def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
-    case = random_groups(num_tokens, (256, 192), [(3, 8)], BF16)
-    expected = step("lora_grouped_", of_groups(case))
-    bad = torch.tensor([0, 7])
-    case.group_of_row[bad] = torch.tensor([3, -2])
-    found = step("lora_grouped_", of_groups(case))
+    sample, bad = grouped(BF16, tokens=num_tokens, features=(256, 192), entries=[(3, 8)]), torch.tensor([0, 7])
+    expected = GROUPED.results(sample)
+    sample.call["group_of_row"][bad] = torch.tensor([3, -2])
+    found = GROUPED.results(sample)
     others = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, bad, False)
     for name in ("result 0", "grad of x"):
         assert found[name][bad].isnan().all() and torch.equal(found[name][others], expected[name][others])
@@ -282,17 +277,17 @@ def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
 
 @pytest.mark.full
 def test_compiled_with_cuda_graphs():
-    case = random_groups(8, (256, 192), [(6, 8)], BF16)
+    call = grouped(BF16, tokens=8, features=(256, 192), entries=[(6, 8)]).call
     base = torch.nn.Linear(256, 192, dtype=torch.bfloat16).requires_grad_(False)
 
     @torch.no_grad()
     def layer(x, group_of_row):
-        return functional.lora_grouped_(base(x), x, case.lora_As, case.lora_Bs, group_of_row, case.scalings)
+        return functional.lora_grouped_(**call | {"y": base(x), "x": x, "group_of_row": group_of_row})
 
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         groups = torch.randint(-1, 6, (8,))
-        torch.testing.assert_close(compiled(case.x, groups), layer(case.x, groups))
+        torch.testing.assert_close(compiled(call["x"], groups), layer(call["x"], groups))
 
 
 # --- memory and sizes -------------------------------------------------------------------------------------------------
@@ -313,28 +308,27 @@ def extra_bytes(function) -> int:
 @pytest.mark.large
 @pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2], ids=str)
 def test_no_temporary_as_large_as_x_or_y(dtypes):
-    layer, seed = random_layer((8192, 4096, 4096, 16), dtypes), seed_tensor()
-    forward = torch.ops.lora_ext.lora_linear
+    sample = dropped(linear(dtypes, size=(8192, 4096, 4096, 16)))
+    call, most = sample.call, sample.call["x"].nbytes / 4
     with torch.no_grad():
-        assert extra_bytes(lambda: forward(*layer.args(), 0.1, seed)) < layer.x.nbytes / 4
-        _, xa, mask = forward(*layer.args(), 0.1, seed)
-        factors = (layer.weight, layer.lora_A, layer.lora_B)
-        backward = torch.ops.lora_ext.lora_linear_backward
-        used = extra_bytes(lambda: backward(layer.grad_y, layer.x, *factors, xa, mask, 0.75, 0.1, (True, True, True)))
-        assert used < layer.x.nbytes / 4
-        factors = layer.lora_A, layer.lora_B, 0.5
-        assert extra_bytes(lambda: functional.lora_merge_(layer.weight, *factors, record=False)) < layer.x.nbytes / 4
+        assert extra_bytes(lambda: torch.ops.lora_ext.lora_linear(**call)) < most
+        _, xa, mask = torch.ops.lora_ext.lora_linear(**call)
+        of_backward = {name: value for name, value in call.items() if name not in ("bias", "seed")}
+        of_backward |= {"grad_y": sample.grads[0], "xa": xa, "mask": mask, "output_mask": (True, True, True)}
+        assert extra_bytes(lambda: torch.ops.lora_ext.lora_linear_backward(**of_backward)) < most
+        layer = [call[name] for name in ("weight", "lora_A", "lora_B")]
+        assert extra_bytes(lambda: functional.lora_merge_(*layer, 0.5, record=False)) < most
         # Slots for the record, until its length is known.
-        assert extra_bytes(lambda: functional.lora_merge_(layer.weight, *factors)) < 1.25 * layer.weight.nbytes
+        assert extra_bytes(lambda: functional.lora_merge_(*layer, 0.5)) < 1.25 * layer[0].nbytes
 
 
 def test_calls_leave_nothing_behind():
-    layer, seed = random_layer((512, 1024, 1024, 16), BF16), seed_tensor()
-    layer_step(layer, seed)
+    sample = dropped(linear(BF16, size=(512, 1024, 1024, 16)))
+    LINEAR.results(sample)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(10):
-        layer_step(layer, seed)
+        LINEAR.results(sample)
     assert torch.cuda.memory_allocated() == before
 
 
@@ -350,18 +344,16 @@ def test_more_elements_than_32_bits_count():
     """x and its gradient have over 2**31 elements: the last rows equal those of a call on these rows only."""
     needs_memory(24)
     num_tokens, in_features, tail = 2**19 + 33, 4160, 64
-    layer = random_layer((1, in_features, 24, 8), BF16)
-    layer.x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
-    layer.grad_y = torch.randn(num_tokens, 24, dtype=torch.bfloat16)
-    end = Layer(**{**vars(layer), "x": layer.x[-tail:], "grad_y": layer.grad_y[-tail:]})
-    y, grad_x, grad_A, grad_B = layer_step(layer, dropout_p=0.0).values()
-    y_end, grad_x_end, _, _ = layer_step(end, dropout_p=0.0).values()
+    x, grad_y = (torch.randn(num_tokens, features, dtype=torch.bfloat16) for features in (in_features, 24))
+    sample = with_rows(linear(BF16, size=(1, in_features, 24, 8)), x, grad_y)
+    y, grad_x, grad_A, grad_B = LINEAR.results(sample).values()
+    y_end, grad_x_end, _, _ = LINEAR.results(with_rows(sample, x[-tail:], grad_y[-tail:])).values()
     torch.testing.assert_close(y[-tail:], y_end)
     torch.testing.assert_close(grad_x[-tail:], grad_x_end)
     assert torch.isfinite(grad_A).all() and torch.isfinite(grad_B).all()
 
     del grad_x, y
-    mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.1, seed_tensor())[2]
+    mask = torch.ops.lora_ext.lora_linear(**dropped(sample).call)[2]
     keep = reference.unpack_mask(mask[-tail:], in_features)
     block = torch.arange(in_features // 8).expand(tail, -1)
     row = torch.arange(num_tokens - tail, num_tokens).unsqueeze(1).expand_as(block)
@@ -385,7 +377,7 @@ def test_a_merge_beyond_32_bits():
 @pytest.mark.large
 def test_many_tokens_and_few_features():
     """A grid has at most 65535 blocks in y and z, so they must not grow with the tokens."""
-    op, sample = OPS["lora_linear"], linear(size=(2**21 + 7, 24, 17, 3))
-    result, expected = (results(function, sample, op.leaves(sample)) for function in (op.run, op.plain))
+    sample = linear(size=(2**21 + 7, 24, 17, 3))
+    result, expected = LINEAR.results(sample), results(LINEAR.plain, sample, LINEAR.leaves(sample))
     for name in result:
         assert relative_error(result[name], expected[name]) < 1e-4, name

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.layers import DTYPES, random_layer
-from support.op_table import SIZES
+from support.layers import DTYPES
+from support.op_table import DOUBLE, SIZES, Sample, linear
 
 from lora_ext import reference
 from lora_ext._ops import dora as arithmetic
@@ -12,28 +12,32 @@ from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
 from lora_ext.nn.dora import DoraUpdate, output
 
 
-def exact_norms(layer) -> torch.Tensor:
-    exact = layer.to(torch.float64)
-    return (exact.weight + exact.scaling * exact.lora_B @ exact.lora_A).norm(dim=1)
+def norms_of(call: dict) -> torch.Tensor:
+    return row_norms(*(call[name] for name in ("weight", "lora_A", "lora_B", "scaling")))
+
+
+def exact_norms(sample: Sample) -> torch.Tensor:
+    exact = sample.double().call
+    return (exact["weight"] + exact["scaling"] * exact["lora_B"] @ exact["lora_A"]).norm(dim=1)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
 @pytest.mark.parametrize("shape", SIZES)
 def test_norms(shape, dtypes):
-    layer = random_layer(shape, dtypes)
-    norms = row_norms(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
-    assert norms.dtype is accumulation_dtype(layer.weight.dtype) and not norms.requires_grad
-    tolerance = 1e-12 if dtypes == (torch.float64, torch.float64) else 2e-6
-    torch.testing.assert_close(norms.double(), exact_norms(layer), rtol=tolerance, atol=tolerance)
+    sample = linear(dtypes, size=shape)
+    norms = norms_of(sample.call)
+    assert norms.dtype is accumulation_dtype(dtypes[0]) and not norms.requires_grad
+    tolerance = 1e-12 if dtypes == DOUBLE else 2e-6
+    torch.testing.assert_close(norms.double(), exact_norms(sample), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_norms_of_many_parts(transposed, monkeypatch):
     monkeypatch.setattr(arithmetic, "_PART_ELEMENTS", 500)
-    layer = random_layer((1, 97, 131, 8), (torch.bfloat16, torch.float32))
-    weight = layer.weight.T.contiguous().T if transposed else layer.weight
-    norms = row_norms(weight, layer.lora_A, layer.lora_B, layer.scaling)
-    torch.testing.assert_close(norms.double(), exact_norms(layer), rtol=1e-6, atol=1e-6)
+    sample = linear((torch.bfloat16, torch.float32), size=(1, 97, 131, 8))
+    if transposed:
+        sample.call["weight"] = sample.call["weight"].T.contiguous().T
+    torch.testing.assert_close(norms_of(sample.call).double(), exact_norms(sample), rtol=1e-6, atol=1e-6)
 
 
 def test_an_update_that_takes_the_weight_away():
@@ -63,42 +67,39 @@ def test_rescaling(shape, kind, dtype, monkeypatch):
     assert y.dtype is dtype
     torch.testing.assert_close(y.double(), want, rtol=1.01 * torch.finfo(dtype).eps, atol=1e-6)
     found, wanted = torch.autograd.grad(y, inputs, grad_y), torch.autograd.grad(want, wide, grad_y.double())
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+    found = tuple(grad.double() for grad in found)
+    torch.testing.assert_close(found, wanted, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_against_the_reference(bias, dropout):
-    layer = random_layer((9, 12, 10, 3), (torch.float64, torch.float64), bias=bias)
-    x, A, B, m = (t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B, torch.rand(10).double()))
+    sample, m = linear(DOUBLE, size=(9, 12, 10, 3), bias=bias), torch.rand(10).double().requires_grad_()
+    call = sample.call | {name: sample.call[name].requires_grad_() for name in ("x", "lora_A", "lora_B")}
+    x, weight, b, A, B, scaling = call.values()
     torch.manual_seed(4)
-    y = output(x, layer.weight, layer.bias, DoraUpdate(A, B, m, layer.scaling, dropout))
+    y = output(x, weight, b, DoraUpdate(A, B, m, scaling, dropout))
     torch.manual_seed(4)
-    dropped = torch.nn.functional.dropout(x, dropout)
-    want = reference.dora_linear(x, layer.weight, layer.bias, A, B, m, layer.scaling, dropped)
+    want = reference.dora_linear(x, weight, b, A, B, m, scaling, torch.nn.functional.dropout(x, dropout))
     torch.testing.assert_close(y, want)
-    found, wanted = (torch.autograd.grad(out, (x, A, B, m), layer.grad_y) for out in (y, want))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    torch.manual_seed(4)
+    found, wanted = (torch.autograd.grad(out, (x, A, B, m), sample.grads) for out in (y, want))
+    torch.testing.assert_close(found, wanted)
     base = torch.nn.Linear(12, 10, bias=bias).double()
-    base.load_state_dict({"weight": layer.weight} | ({"bias": layer.bias} if bias else {}))
-    called = output(x, layer.weight, layer.bias, DoraUpdate(A, B, m, layer.scaling, 0.0))
-    update = DoraUpdate(A, B, m, layer.scaling, 0.0)
-    torch.testing.assert_close(output(x, layer.weight, base.bias, update, base), called)
+    base.load_state_dict({"weight": weight} | ({"bias": b} if bias else {}))
+    update = DoraUpdate(A, B, m, scaling, 0.0)
+    torch.testing.assert_close(output(x, weight, base.bias, update, base), output(x, weight, b, update))
 
 
 def test_gradients_of_gradients():
     """The norms are constants to every gradient, so they are held here."""
-    layer = random_layer((5, 6, 4, 2), (torch.float64, torch.float64))
-    norms = exact_norms(layer)
+    sample = linear(DOUBLE, size=(5, 6, 4, 2))
+    norms, (x, weight, bias, A, B, scaling) = exact_norms(sample), sample.call.values()
 
     def output(x, A, B, m):
-        z = torch.nn.functional.linear(x, layer.weight) + layer.scaling * x @ A.T @ B.T
-        return rescale(z, m / norms, layer.bias)
+        z = torch.nn.functional.linear(x, weight) + scaling * x @ A.T @ B.T
+        return rescale(z, m / norms, bias)
 
-    tensors = tuple(t.requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B, torch.rand(4).double()))
+    tensors = tuple(t.requires_grad_() for t in (x, A, B, torch.rand(4).double()))
     assert torch.autograd.gradcheck(output, tensors) and torch.autograd.gradgradcheck(output, tensors)
 
 

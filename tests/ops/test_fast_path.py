@@ -1,23 +1,22 @@
-"""functional.lora_linear, lora_grouped_ and lora_grouped_linear skip the dispatcher where nothing else sees them."""
+"""functional.lora_linear, lora_grouped_ and lora_grouped_linear skip the dispatcher where nothing else sees them.
+
+Autocast, transforms and forward mode see them: test_machinery.py and test_transforms.py.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
-from support.layers import random_layer
-from support.op_table import OPS
-from torch import Tensor, nn
+from support.op_table import HERE, OPS, linear
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
-from lora_ext._ops import linear
-from lora_ext._ops.fast_path import takes_fast_path
-from lora_ext.nn import LoraAdapter, LoraLinear
 
 
 class Subclass(Tensor):
@@ -47,31 +46,6 @@ class FunctionMode(Recorder, TorchFunctionMode):
 
 class DispatchMode(Recorder, TorchDispatchMode):
     __torch_dispatch__ = Recorder.record
-
-
-STATES = {
-    "autocast": lambda: torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16),
-    "inference": torch.inference_mode,
-    "dispatch mode": DispatchMode,
-    "below autograd": torch._C._AutoDispatchBelowAutograd,
-}
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_other_states_are_noticed(state):
-    assert takes_fast_path()
-    with STATES[state]():
-        assert not takes_fast_path()
-    assert takes_fast_path()
-
-
-def test_transforms_are_noticed():
-    states = []
-    torch.func.vmap(lambda x: (states.append(takes_fast_path()), x)[1])(torch.zeros(2))
-    torch.func.grad(lambda x: (states.append(takes_fast_path()), x)[1])(torch.zeros(()))
-    with torch.autograd.forward_ad.dual_level():
-        states.append(takes_fast_path())
-    assert states == [False, False, False]
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -104,52 +78,21 @@ def test_modes_and_subclasses_see_the_op(name, trains):
 
 
 def test_a_tensor_left_by_a_transform_keeps_its_gradient():
-    layer, left = random_layer((3, 8, 5, 2)), []
-    x = layer.x.clone().requires_grad_()
-    torch.func.grad(lambda z: (left.append(x * 1 + 0 * z), z.sum())[1])(torch.zeros(3, 8))
-    grads = []
-    for tensor in (left[0], x * 1):
-        (grad,) = torch.autograd.grad(functional.lora_linear(tensor, *layer.args()[1:]).square().sum(), x)
-        grads.append(grad)
-    torch.testing.assert_close(*grads)
+    call, left = linear().call, []
+    x = call["x"].clone().requires_grad_()
+    torch.func.grad(lambda z: (left.append(x * 1 + 0 * z), z.sum())[1])(torch.zeros_like(x))
+    losses = [functional.lora_linear(**call | {"x": tensor}).square().sum() for tensor in (left[0], x * 1)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x) for loss in losses))
 
 
 def test_backward_under_autocast_and_modes_as_before():
-    layer = random_layer((3, 8, 5, 2))
-    A = layer.lora_A.requires_grad_()
-    (expected,) = torch.autograd.grad(functional.lora_linear(*layer.args()), A, layer.grad_y)
-    for state in (STATES["autocast"], DispatchMode, nullcontext):
-        y = functional.lora_linear(*layer.args())
+    sample = linear()
+    A = sample.call["lora_A"].requires_grad_()
+    (expected,) = torch.autograd.grad(functional.lora_linear(**sample.call), A, sample.grads)
+    for state in (partial(torch.autocast, HERE.type, dtype=torch.bfloat16), DispatchMode, nullcontext):
+        y = functional.lora_linear(**sample.call)
         with state() as mode:
-            (grad,) = torch.autograd.grad(y, A, layer.grad_y)
+            (grad,) = torch.autograd.grad(y, A, sample.grads)
         assert torch.equal(grad, expected)
         if isinstance(mode, DispatchMode):
             assert "lora_ext.lora_linear_backward.default" in mode.seen
-
-
-def test_seeds_follow_pytorch_s_generator():
-    layer = LoraLinear(nn.Linear(8, 8), LoraAdapter(8, 8, 2, 4, 0.5, init_lora_weights=False))
-    x = torch.randn(3, 8)
-    torch.manual_seed(7)
-    first = [layer(x) for _ in range(3)]
-    torch.manual_seed(7)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        layer(x)
-    second = [layer(x) for _ in range(3)]
-    assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[1])
-
-    def trunk(x: Tensor) -> Tensor:
-        return layer(torch.tanh(layer(x)))
-
-    results = []
-    for run in (trunk, lambda x: checkpoint(trunk, x, use_reentrant=False)):
-        torch.manual_seed(7)
-        y = run(x)
-        torch.rand(5)  # the generator goes on before the recomputation
-        results.append(torch.autograd.grad(y.square().sum(), [p for p in layer.parameters() if p.requires_grad]))
-    assert all(map(torch.equal, *results))
-
-
-def test_the_functions_that_are_called_are_the_op_s():
-    assert linear.lora_linear.__self__.overload is torch.ops.lora_ext.lora_linear.default

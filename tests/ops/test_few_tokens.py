@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import random_layer, with_threads
+from support.layers import with_threads
+from support.op_table import linear
 
 from lora_ext import _load, functional
 from lora_ext.nn.base_product import few_tokens
@@ -18,8 +19,8 @@ def test_for_how_many_tokens_the_kernel_is_used():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
-    layer = random_layer((4, 600, 900, 16), (dtype, dtype))
-    results = with_threads((1, 2, 3), lambda: functional.lora_linear(*layer.args()))
+    call = linear((dtype, dtype), size=(4, 600, 900, 16)).call
+    results = with_threads((1, 2, 3), lambda: functional.lora_linear(**call))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -29,31 +30,17 @@ def test_a_row_has_the_same_bits_in_any_batch(num_tokens, dtype):
     """Which tells that the kernel computes it, and not the library. AMX's tiles are for three tokens and more."""
     if num_tokens > few_tokens(dtype):
         pytest.skip(f"the library multiplies {num_tokens} tokens of {dtype} here")
-    x, *rest = random_layer((32, 600, 200, 16), (dtype, torch.float32)).args()
+    call = linear((dtype, torch.float32), size=(32, 600, 200, 16)).call
     fewest = 3 if _load.cpu_isa() == "amx" and dtype == torch.bfloat16 and num_tokens > 2 else 1
-    alone = functional.lora_linear(x[:fewest], *rest)
-    assert torch.equal(functional.lora_linear(x[:num_tokens], *rest)[:fewest], alone)
+    alone, batch = (functional.lora_linear(**call | {"x": call["x"][:n]}) for n in (fewest, num_tokens))
+    assert torch.equal(batch[:fewest], alone)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_far_apart(dtype):
     """Strides as in a long batch: the third row begins beyond 2**31 bytes. Only rows that are read take memory."""
-    layer = random_layer((3, 40, 24, 4), (dtype, dtype))
+    call = linear((dtype, dtype), size=(3, 40, 24, 4)).call
     distance = 2**31 // (2 * dtype.itemsize) + 8
-    far = torch.empty(3 * distance, dtype=dtype).as_strided((3, 40), (distance, 1))
-    far.copy_(layer.x)
-    _, *rest = layer.args()
-    assert torch.equal(functional.lora_linear(far, *rest), functional.lora_linear(layer.x, *rest))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reads_nothing_behind_the_tensors(dtype):
-    """Memory after the last row, and tokens that pad a kernel's width, must not reach a result."""
-    for num_tokens in (1, 3, 7, 19):
-        for in_features in (1, 31, 33):
-            buffer = torch.full((40 * in_features + 64,), float("nan"), dtype=dtype)
-            weight = buffer[: 24 * in_features].view(24, in_features).normal_()
-            x = torch.randn(num_tokens, in_features, dtype=dtype)
-            A, B = torch.randn(3, in_features, dtype=dtype), torch.randn(24, 3, dtype=dtype)
-            assert functional.lora_linear(x, weight, None, A, B, 1.0).isfinite().all()
+    far = torch.empty(3 * distance, dtype=dtype).as_strided((3, 40), (distance, 1)).copy_(call["x"])
+    assert torch.equal(functional.lora_linear(**call | {"x": far}), functional.lora_linear(**call))

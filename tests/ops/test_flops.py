@@ -7,9 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-from support.layers import random_layer
 from support.models import llama
-from support.op_table import HAVE_KERNELS, REGISTERED, good_call, op_named
+from support.op_table import HAVE_KERNELS, REGISTERED, good_call, linear, op_named
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -62,11 +61,10 @@ def test_merges_count_their_products(name):
 
 @pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B"])
 def test_gradients_that_nobody_wants_do_not_count(wanted):
-    layer = random_layer((7, 24, 20, 4))
-    getattr(layer, wanted).requires_grad_()
-    y = functional.lora_linear(*layer.args())
-    A, B, base = 2 * 7 * 24 * 4, 2 * 7 * 4 * 20, 2 * 7 * 24 * 20
-    expected = {"x": base + A + B, "lora_A": A + B, "lora_B": B}
+    call = linear().call
+    call[wanted].requires_grad_()
+    y = functional.lora_linear(**call)
+    expected = {"x": BASE + A + B, "lora_A": A + B, "lora_B": B}
     assert count(lambda: y.sum().backward()) == expected[wanted]
 
 

@@ -5,16 +5,27 @@ changes as they do.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.layers import random_layer
 from support.merging import same_bits
-from support.op_table import good_call, op_named, tensors_of
+from support.op_table import (
+    OPS,
+    all_places,
+    delta,
+    entry_of,
+    good_call,
+    good_function_call,
+    label,
+    op_named,
+    tensors_of,
+    with_entry,
+)
 from torch import Tensor
 
-from lora_ext import functional, reference
+from lora_ext import functional
 
 SHAPE = 6, 20
 
@@ -100,21 +111,23 @@ def version(tensor: Tensor) -> int | None:
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_delta_takes_and_refuses_what_torch_does(kind, mode, requires_grad):
-    layer = random_layer((6, 24, 20, 4))
-    A, B = layer.lora_A.requires_grad_(requires_grad), layer.lora_B
+@pytest.mark.parametrize("name", ["lora_delta_", "lora_grouped_"])
+def test_y_is_taken_and_refused_as_torch_does(name, kind, mode, requires_grad):
+    call = OPS[name].small().call
+    (call["lora_A"] if "lora_A" in call else call["lora_As"][0]).requires_grad_(requires_grad)
     takes = torch_takes(KINDS[kind], mode, requires_grad)
-    for run in (functional.lora_delta_, torch.ops.lora_ext.lora_delta_):
-        y = KINDS[kind]()
+    for run in (getattr(functional, name), op_named(name)):
+        call["y"] = y = KINDS[kind]()
         before, counted, grad_fn = y.detach().clone(), version(y), y.grad_fn
-        refusal = pytest.raises(RuntimeError, match=r"^lora_delta_: y is (a|an|one) ")
+        (expected,) = OPS[name].plain(**call | {"y": before})
+        refusal = pytest.raises(RuntimeError, match=rf"^{name}: y is (a|an|one) ")
         with contextlib.nullcontext() if takes else refusal, MODES[mode]():
-            run(y, layer.x, A, B, 0.5)
+            run(**call)
         if not takes:
             assert torch.equal(y.detach(), before) and version(y) == counted and y.grad_fn is grad_fn
             continue
-        torch.testing.assert_close(y.detach(), before + 0.5 * (layer.x @ A.T @ B.T).detach())
-        if run is functional.lora_delta_ or mode != "inference_mode":  # where the function counts the op's change
+        torch.testing.assert_close(y.detach(), expected.detach())
+        if run is getattr(functional, name) or mode != "inference_mode":  # where the function counts the op's change
             assert counted is None or version(y) == counted + 1
         if mode == "grad":
             assert y.requires_grad == (requires_grad or KINDS[kind]().requires_grad)
@@ -123,11 +136,12 @@ def test_lora_delta_takes_and_refuses_what_torch_does(kind, mode, requires_grad)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
 def test_compiled(mode, requires_grad):
-    layer, base = random_layer((6, 24, 20, 4)), torch.nn.Linear(5, 20).requires_grad_(False)
-    B, z = layer.lora_B.requires_grad_(requires_grad), torch.randn(1, 6, 5)
+    call, base = delta().call, torch.nn.Linear(5, 20).requires_grad_(False)
+    call["lora_B"].requires_grad_(requires_grad)
+    z = torch.randn(1, 6, 5)
 
     def adapted(z):
-        return functional.lora_delta_(base(z)[0], layer.x, layer.lora_A, B, 0.5)
+        return functional.lora_delta_(**call | {"y": base(z)[0]})
 
     torch._dynamo.reset()
     with MODES[mode]():
@@ -137,23 +151,22 @@ def test_compiled(mode, requires_grad):
 
 
 def test_a_change_that_the_op_refuses_is_not_counted():
-    layer = random_layer((6, 24, 20, 4))
-    y = torch.randn(SHAPE)
+    call = delta().call
     for A in (torch.randn(4, 23), torch.randn(4, 23, requires_grad=True)):
         with pytest.raises(ValueError, match="lora_delta_: lora_A has in_features=23"):
-            functional.lora_delta_(y, layer.x, A, layer.lora_B, 0.5)
-    assert y._version == 0
+            functional.lora_delta_(**call | {"lora_A": A})
+    assert call["y"]._version == 0
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
     """Also in inference mode, where PyTorch skips autograd's kernels."""
-    layer = random_layer((6, 24, 20, 4))
     for mode in MODES.values():
-        y, factor = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
-        product = y * factor
+        call = delta().call
+        call["lora_A"].requires_grad_(requires_grad)
+        product = call["y"] * torch.randn(SHAPE, requires_grad=True)
         with mode():
-            functional.lora_delta_(y, layer.x, layer.lora_A.requires_grad_(requires_grad), layer.lora_B, 0.5)
+            functional.lora_delta_(**call)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()
     for op in MERGES:
@@ -166,26 +179,38 @@ def test_saved_tensors_are_found_to_have_changed_in_every_mode(requires_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_zero_adapter_leaves_every_bit(dtype):
-    layer = random_layer((33, 64, 48, 8), (dtype, torch.float32))
-    y = torch.randn(33, 48).to(dtype)
-    before = y.clone()
-    assert functional.lora_delta_(y, layer.x, layer.lora_A, torch.zeros_like(layer.lora_B), 2.0) is y
-    assert torch.equal(y, before)
+    call = delta((dtype, torch.float32), size=(33, 64, 48, 8)).call
+    before = call["y"].clone()
+    call["lora_B"].zero_()
+    assert functional.lora_delta_(**call) is call["y"]
+    assert torch.equal(call["y"], before)
+
+
+FACTORS = ("lora_A", "lora_B", "lora_As", "lora_Bs")
+ADDED = [
+    place for place in all_places() if place[0] in ("lora_delta_", "lora_grouped_") and place[1] in ("x", *FACTORS)
+]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_base_that_returns_its_input_is_refused(requires_grad):
-    x = torch.randn(2, 6, 20)
-    before = x.clone()
-    A, B = torch.randn(4, 20, requires_grad=requires_grad), torch.randn(20, 4)
-    for y in (x, x.view(12, 20).view(2, 6, 20)):
-        with pytest.raises(
-            ValueError, match="lora_delta_: y shares memory with x, which would change with it; pass a clone"
-        ):
-            functional.lora_delta_(y, x, A, B, 1.0)
-    assert torch.equal(x, before)
-    functional.lora_delta_(x[1], x[0], A.detach(), B, 1.0)  # neighbours
-    torch.testing.assert_close(x[1], before[1] + reference.lora_delta(before[0], A.detach(), B, 1.0))
+@pytest.mark.parametrize(("op", "name", "i"), ADDED)
+def test_an_argument_in_the_memory_of_y_is_refused(op, name, i, requires_grad):
+    """If only one element is in both; neighbours are not refused."""
+    call, run = good_function_call(op), getattr(functional, op)
+    tensor, y = entry_of(call, name, i), call["y"]
+    expected = run(**call | {"y": y.clone()})
+    for argument, _, leaf in tensors_of(call):
+        leaf.requires_grad_(requires_grad and argument in ("x", *FACTORS))
+    for shared in (1, 0):
+        memory = torch.cat([y.flatten(), tensor.detach().flatten()[shared:]])
+        call = with_entry(call, name, i, memory[-tensor.numel() :].view(tensor.shape))
+        call["y"], before = memory[: y.numel()].view(y.shape), memory.clone()
+        if shared:
+            text = rf"^{op}: y shares memory with {re.escape(label(name, i))}, which would change with it; pass a clone"
+            with pytest.raises(ValueError, match=text):
+                run(**call)
+            assert torch.equal(memory, before)
+    assert torch.equal(run(**call), expected)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from support.layers import random_layer, with_threads
+from support.layers import with_threads
+from support.op_table import SEED, linear
 from support.processes import run_forked
 from torch.profiler import ProfilerActivity, profile
 
 from lora_ext import functional, reference
 from lora_ext._ops import plain
-
-SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000)], ids=str)
@@ -20,33 +19,13 @@ def test_mask_is_the_reference_mask(shape, dropout_p):
     assert torch.equal(reference.unpack_mask(mask, shape[1]), reference.dropout_keep(int(seed), *shape, dropout_p))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_saved_mask_may_lie_at_any_byte(dtype):
-    """Whoever stores what the forward saved may pack it with other tensors: kernels read words of the mask."""
-    layer = random_layer((40, 100, 24, 8), (dtype, dtype))
-    _, xa, mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.3, SEED)
-    packed = torch.zeros(mask.numel() + 3, dtype=torch.uint8)
-    moved = packed[3:].view_as(mask).copy_(mask)
-
-    def gradients(mask):
-        factors = layer.weight, layer.lora_A, layer.lora_B
-        return torch.ops.lora_ext.lora_linear_backward(
-            layer.grad_y, layer.x, *factors, xa, mask, layer.scaling, 0.3, (True, True, True)
-        )
-
-    assert all(map(torch.equal, gradients(moved), gradients(mask)))
-
-
 def test_mask_does_not_depend_on_threads_dtype_or_strides():
-    layer = random_layer((200, 130, 12, 4))
-
-    def mask(x):
-        return torch.ops.lora_ext.lora_linear(x, *layer.to(x.dtype).args()[1:], 0.3, SEED)[2]
-
     expected = reference.dropout_keep(int(SEED), 200, 130, 0.3)
-    for x in (layer.x, layer.x.bfloat16(), layer.x.double(), layer.x.T.contiguous().T):
-        for found in with_threads((1, 2, 3), lambda x=x: mask(x)):
-            assert torch.equal(reference.unpack_mask(found, 130), expected)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        call = linear((dtype, dtype), size=(200, 130, 12, 4)).call | {"dropout_p": 0.3, "seed": SEED}
+        for x in (call["x"], call["x"].T.contiguous().T):
+            masks = with_threads((1, 2, 3), lambda call=call | {"x": x}: torch.ops.lora_ext.lora_linear(**call)[2])
+            assert all(torch.equal(reference.unpack_mask(mask, 130), expected) for mask in masks)
 
 
 @pytest.mark.parametrize("begin", [(0, 0, 0), (1, 2, 8), (0, 1, 5), (1, 0, 63)], ids=str)
@@ -62,10 +41,9 @@ def test_a_part_of_x_has_that_part_of_the_mask(begin):
 
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.0])
 def test_dropout_below_the_resolution_is_none(dropout_p):
-    layer = random_layer((5, 20, 12, 4))
-    y, _, mask = torch.ops.lora_ext.lora_linear(*layer.args(), dropout_p, SEED)
-    assert mask.numel() == 0
-    assert torch.equal(y, functional.lora_linear(*layer.args()))
+    call = linear().call
+    y, _, mask = torch.ops.lora_ext.lora_linear(**call, dropout_p=dropout_p, seed=SEED)
+    assert mask.numel() == 0 and torch.equal(y, functional.lora_linear(**call))
 
 
 @pytest.mark.full

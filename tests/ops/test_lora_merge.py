@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import DTYPES, random_layer
-from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
+from support.layers import DTYPES
+from support.merging import FLOATING, bits, hard_weight, merged, packed_layers, same_bits, update_factors
+from support.op_table import linear
 from support.properties import given, settings, st
 
 from lora_ext import functional, reference
@@ -30,18 +31,18 @@ def test_is_the_definition_to_the_bit(shape, dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", [(64, 48, 17), (97, 131, 8), (513, 257, 33)], ids=str)
 def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
-    layer = random_layer((1, *shape), dtypes)
-    delta = 0.75 * (layer.lora_B.double() @ layer.lora_A.double())
-    exact = (layer.weight.double() + delta).to(dtypes[0])
-    expected = reference.merge(layer.weight, layer.lora_A, layer.lora_B, 0.75)
-    functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.75)
+    call = linear(dtypes, size=(1, *shape)).call
+    weight, A, B = (call[name] for name in ("weight", "lora_A", "lora_B"))
+    exact = (weight.double() + 0.75 * (B.double() @ A.double())).to(dtypes[0])
+    expected = reference.merge(weight, A, B, 0.75)
+    functional.lora_merge_(weight, A, B, 0.75)
     # The float32 sum may fall on the other side of a tie: at most one unit in the last place, rarely for 16 bits.
     eps = torch.finfo(dtypes[0]).eps
     accumulation = 1e-13 if dtypes[0] == torch.float64 else 1e-5
-    assert ((layer.weight.double() - exact.double()).abs() <= eps * exact.double().abs() + accumulation).all()
+    assert ((weight.double() - exact.double()).abs() <= eps * exact.double().abs() + accumulation).all()
     if dtypes[0] in (torch.bfloat16, torch.float16):
-        assert (layer.weight != exact).float().mean() < 0.01
-        assert (layer.weight != expected).float().mean() < 0.01
+        assert (weight != exact).float().mean() < 0.01
+        assert (weight != expected).float().mean() < 0.01
 
 
 # --- restoring --------------------------------------------------------------------------------------------------------
@@ -85,19 +86,24 @@ def test_every_bit_comes_back(dtype, size):
     seed=st.integers(0, 2**64 - 1),
 )
 def test_any_weight_any_update(dtype, rows, cols, rank, weight_exponent, update_exponent, padding, seed):
-    """Rounded to nearest or, of 16 bits and with odd seeds, stochastically."""
+    """Rounded to nearest or, of 16 bits and with odd seeds, stochastically. The weight is a part of a tensor."""
     torch.manual_seed(seed % 2**32)
     rounding = seed if seed % 2 and dtype.itemsize == 2 else None
-    whole = torch.zeros(rows, cols + padding, dtype=dtype)
-    weight = whole[:, padding:]
-    weight.copy_(hard_weight(rows, cols, dtype, 2.0**weight_exponent))
-    before = whole.clone()
+    whole = torch.zeros(rows + 2, cols + 2 * padding, dtype=dtype)
+    part = slice(1, -1), slice(padding, padding + cols)
+    whole[part] = hard_weight(rows, cols, dtype, 2.0**weight_exponent)
+    before, expected = whole.clone(), whole.clone()
+    factors = update_factors(whole[part], rank, 2.0**update_exponent)
     try:
-        record = functional.lora_merge_(weight, *update_factors(weight, rank, 2.0**update_exponent), seed=rounding)
+        record = functional.lora_merge_(whole[part], *factors, seed=rounding)
     except ValueError as error:
         assert dtype == torch.float16 and "overflows torch.float16" in str(error)
     else:
-        functional.lora_unmerge_(weight, record)
+        alone = before[part].clone()
+        functional.lora_merge_(alone, *factors, seed=rounding)
+        expected[part] = alone
+        assert same_bits(whole, expected)
+        functional.lora_unmerge_(whole[part], record)
     assert same_bits(whole, before)
 
 
@@ -156,26 +162,9 @@ def test_flushing_subnormals_in_between_changes_nothing():
     assert flushes and same_bits(weight, before)
 
 
-def test_row_strides_and_untouched_neighbours():
-    whole = torch.randn(20, 700)
-    before, view = whole.clone(), whole[2:12, 5:630]
-    A, B = torch.randn(3, 625), torch.randn(10, 3)
-    expected = view.clone()
-    functional.lora_merge_(expected, A, B, 0.5)
-    record = functional.lora_merge_(view, A, B, 0.5)
-    assert same_bits(view, expected)
-    functional.lora_unmerge_(view, record)
-    assert same_bits(whole, before)
-
-
-def many_layers(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+def many_layers(dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
     shapes = [(7, 300, 3), (64, 20, 1), (1, 1, 2), (0, 5, 2), (5, 0, 2), (33, 513, 17)] * 7
-    weights = [hard_weight(n, k, dtype) for n, k, _ in shapes]
-    factors = [
-        pack_factors(dtype, [update_factors(weight, rank, 0.1 * i)])
-        for i, (weight, (_, _, rank)) in enumerate(zip(weights, shapes, strict=True), start=1)
-    ]
-    return weights, [A for A, _ in factors], [B for _, B in factors]
+    return tuple(packed_layers(dtype, shapes, (0.1 * i for i in range(1, 43))).values())
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
@@ -266,11 +255,9 @@ def test_the_largest_finite_results_are_not_refused():
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_what_was_merged_before_a_refusal_is_restored(dtype, record):
     """On the CPU the refusal comes after most rows are merged. NaN payloads are restored too."""
-    weights = [hard_weight(*shape, dtype) for shape in [(40, 300), (170, 530), (9, 20)]]
+    weights, As, Bs = packed_layers(dtype, [(40, 300, 5), (170, 530, 5), (9, 20, 5)], [0.03] * 3).values()
     patterns = torch.randint(-(2**63), 2**63 - 1, weights[1][::7].shape).to(bits(weights[1]).dtype)
     weights[1][::7] = patterns.view(dtype)  # NaNs of all kinds, in rows of every thread
-    factors = [pack_factors(dtype, [update_factors(weight, 5, 0.03)]) for weight in weights]
-    As, Bs = [A for A, _ in factors], [B for _, B in factors]
     # Factors with different NaNs: products may have the bits of any of them.
     not_numbers = torch.full((2,), -1, dtype=bits(Bs[1]).dtype).view(Bs[1].dtype)
     Bs[1][3, :2], As[1][4, 1], As[1][4, 2] = not_numbers, float("nan"), -float("inf")

@@ -78,6 +78,16 @@ def test_a_backward_returns_only_what_is_asked(op, output_mask):
     assert [bool(grad) if isinstance(grad, list) else grad is not None for grad in grads] == list(output_mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "mask" in good_call(op)])
+def test_a_saved_mask_may_lie_at_any_byte(op, dtype):
+    """Whoever stores what the forward saved may pack it with other tensors: kernels read words of the mask."""
+    call = good_call(op, dtypes=(dtype, dtype))
+    moved = torch.zeros(call["mask"].numel() + 3, dtype=torch.uint8)[3:].view_as(call["mask"]).copy_(call["mask"])
+    found, expected = (pytree.tree_leaves(op_named(op)(**one)) for one in (call | {"mask": moved}, call))
+    assert len(found) >= 3 and all(map(torch.equal, found, expected))
+
+
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,13 +155,12 @@ def test_autocast_casts_as_a_linear_layer_and_keeps_the_adapter(name, dtype):
     """To the bit what the op does with x, weight and bias of that dtype; gradients have the arguments' dtype."""
     op = OPS[name]
     sample = op.small(leading=(6,)).with_dropout(0.3 if op.has_dropout else 0.0)
-    narrow, leaves = sample.call, op.leaves(sample)
+    narrow, grads = sample.call, [grad.to(dtype) for grad in sample.grads]
     for place in [(n, i) for n, i, _ in tensors_of(sample.call) if n in OF_X]:
         narrow = with_entry(narrow, *place, entry_of(narrow, *place).to(dtype))
-    grads = [grad.to(dtype) for grad in sample.grads]
     with torch.autocast(HERE.type, dtype=dtype):
-        ours = results(op.run, Sample(sample.call, grads), leaves)
-    expected = results(op.run, Sample(narrow, grads), leaves)
+        ours = op.results(Sample(sample.call, grads))
+    expected = op.results(Sample(narrow, grads))
     assert ours["result 0"].dtype == dtype
     for place_name, value in ours.items():
         torch.testing.assert_close(value, expected[place_name].to(value.dtype), rtol=2e-2, atol=2e-2)
@@ -169,9 +178,8 @@ def test_autocast_casts_x_to_what_the_base_layers_returned(name, dtype):
         sample.call = with_entry(sample.call, *place, entry_of(sample.call, *place).to(dtype))
     sample.grads = [grad.to(dtype) for grad in sample.grads]
     with torch.autocast(HERE.type, dtype=dtype):
-        ours = results(op.run, sample, op.leaves(sample))
-    narrow = Sample(sample.call | {"x": sample.call["x"].to(dtype)}, sample.grads)
-    expected = results(op.run, narrow, op.leaves(narrow))
+        ours = op.results(sample)
+    expected = op.results(Sample(sample.call | {"x": sample.call["x"].to(dtype)}, sample.grads))
     assert ours["result 0"].dtype == dtype and ours["grad of x"].dtype == torch.float32
     assert_bits(ours, expected | {"grad of x": expected["grad of x"].float()})
 
@@ -182,17 +190,14 @@ def test_autocast_leaves_float64_and_narrow_products_alone(op):
     is_narrow = op.name in ("lora_shrink", "lora_expand", "bottleneck")
     sample = op.small(FLOAT if is_narrow else DOUBLE)
     with torch.autocast(HERE.type, dtype=torch.bfloat16):
-        ours = results(op.run, sample, op.leaves(sample))
-    assert_bits(ours, results(op.run, sample, op.leaves(sample)))
+        ours = op.results(sample)
+    assert_bits(ours, op.results(sample))
 
 
 @each_op
 def test_meta_tensors(op):
     sample = op.small(leading=(2, 3)).with_dropout(0.1 if op.has_dropout else 0.0)
-    call = sample.call
-    for name, i, tensor in list(tensors_of(call)):
-        call = with_entry(call, name, i, tensor.to("meta"))
-    ys = op.run(**call)
+    ys = op.run(**pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), sample.call))
     assert all(y.is_meta and y.shape == grad.shape for y, grad in zip(ys, sample.grads, strict=True))
 
 
@@ -242,11 +247,10 @@ def test_checkpointing_recomputes_the_same_mask(op, reentrant):
 def test_concurrent_callers(op):
     """Scratch memory belongs to the calling thread."""
     samples = [op.small(leading=(20 + i,)).with_dropout(0.3 if op.has_dropout else 0.0) for i in range(6)]
-    run = lambda sample: results(op.run, sample, op.leaves(sample))  # noqa: E731
-    expected = [run(sample) for sample in samples]
+    expected = list(map(op.results, samples))
     with ThreadPoolExecutor(4) as pool:
         for _ in range(10):
-            for found, wanted in zip(pool.map(run, samples), expected, strict=True):
+            for found, wanted in zip(pool.map(op.results, samples), expected, strict=True):
                 assert_bits(found, wanted)
 
 

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.merging import hard_weight, same_bits, update_factors
-
-from lora_ext.merging.weights import merge_all_, pack_factors
-
-
-def op_arguments(dtype: torch.dtype = torch.float32):
-    """Returns weights and factors, and the words and corrections of their merge."""
-    weights = [hard_weight(5, 300, dtype), hard_weight(3, 20, dtype)]
-    factors = [pack_factors(dtype, [update_factors(weight, 2, 0.1)]) for weight in weights]
-    arguments = weights, [A for A, _ in factors], [B for _, B in factors]
-    records = merge_all_("test", [weight.clone() for weight in weights], *arguments[1:])
-    return arguments, [record.words for record in records], [record.corrections for record in records]
+from support.merging import same_bits
+from support.op_table import good_call, with_entry
 
 
 def test_a_garbage_record_stays_inside_its_memory():
     """With any words and corrections, only the weights are written (run under a sanitizer to see more)."""
-    (weights, As, Bs), words, corrections = op_arguments()
-    whole = torch.randn(5, 400)
-    view, before = whole[:, 50:350], whole.clone()
+    call, whole = good_call("lora_unmerge_"), torch.randn(5, 400)
+    call["weights"][0], before, words = whole[:, 50:350], whole.clone(), call["words"]
     for spoil in (lambda w: w * 0, lambda w: w * 7, lambda w: -w, lambda w: w + 1, lambda w: w * 0 + 2**15 - 1):
-        numbers = [torch.randint(-(2**15), 2**15, c.shape, dtype=torch.int16) for c in corrections]
-        torch.ops.lora_ext.lora_unmerge_([view, weights[1]], As, Bs, [spoil(w) for w in words], numbers)
+        numbers = [torch.randint(-(2**15), 2**15, c.shape, dtype=torch.int16) for c in call["corrections"]]
+        torch.ops.lora_ext.lora_unmerge_(**call | {"words": list(map(spoil, words)), "corrections": numbers})
     assert same_bits(whole[:, :50], before[:, :50]) and same_bits(whole[:, 350:], before[:, 350:])
 
 
@@ -75,24 +64,18 @@ def test_neighbours_in_memory_are_merged():
 
 
 def test_a_record_that_shares_memory_with_a_weight_is_refused():
-    (weights, As, Bs), words, corrections = op_arguments()
-    before = [weight.clone() for weight in weights]
-    inside = weights[0].view(torch.int16).flatten()
-    for record in (([inside[:10].view(5, 2), words[1]], corrections), (words, [inside[:7], corrections[1]])):
-        with pytest.raises(
-            RuntimeError, match=r"lora_unmerge_: weights\[0\] shares memory with (word|correction)s\[0\]"
-        ):
-            torch.ops.lora_ext.lora_unmerge_(weights, As, Bs, *record)
-    assert all(map(same_bits, weights, before))
+    call = good_call("lora_unmerge_")
+    before = [weight.clone() for weight in call["weights"]]
+    inside = call["weights"][0].view(torch.int16).flatten()
+    for name, part in (("words", inside[:10].view(5, 2)), ("corrections", inside[:7])):
+        with pytest.raises(RuntimeError, match=rf"lora_unmerge_: weights\[0\] shares memory with {name}\[0\]"):
+            torch.ops.lora_ext.lora_unmerge_(**with_entry(call, name, 0, part))
+    assert all(map(same_bits, call["weights"], before))
 
 
 def test_more_rows_or_columns_than_the_kernels_count():
-    """Such tensors need hardly any memory: one size is zero, or they are fake."""
-    for shape in ((2**30 + 1, 0), (0, 2**30 + 1)):
-        weight, A, B = (
-            torch.empty(shape),
-            torch.empty(2, shape[1], device="meta"),
-            torch.empty(shape[0], 2, device="meta"),
-        )
+    """Of fake tensors."""
+    for rows, columns in ((2**30 + 1, 0), (0, 2**30 + 1)):
+        layer = [[torch.empty(shape, device="meta")] for shape in ((rows, columns), (2, columns), (rows, 2))]
         with pytest.raises(ValueError, match=r"weights\[0\] has shape .*, want at most 2\*\*30 rows and columns"):
-            torch.ops.lora_ext.lora_merge_([weight.to("meta")], [A], [B])
+            torch.ops.lora_ext.lora_merge_(*layer)

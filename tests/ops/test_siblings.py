@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.layers import DTYPES
-from support.op_table import FLOAT, OPS, Sample, assert_bits, delta_siblings, one_by_one, results, siblings
+from support.op_table import FLOAT, OPS, Sample, assert_bits, delta_siblings, one_by_one, siblings
 
 from lora_ext import functional
 
@@ -23,9 +23,9 @@ def test_q_k_v_may_be_rows_of_one_weight():
     op, sizes = OPS["lora_linear_siblings"], [48, 16, 16]
     sample = siblings(size=((40, 64), ((48, 8), (16, 8), (16, 8)))).with_dropout(0.3)
     sample.call["biases"] = list(torch.randn(80).split(sizes))
-    expected = results(op.run, sample, op.leaves(sample))
+    expected = op.results(sample)
     sample.call["weights"] = list(torch.cat(sample.call["weights"]).split(sizes))
-    assert_bits(results(op.run, sample, op.leaves(sample)), expected)
+    assert_bits(op.results(sample), expected)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
@@ -37,7 +37,7 @@ def test_unused_outputs(name, make, used, dtypes):
     """A loss of some outputs gives gradients for their layers, and None for the others' factors."""
     op, sample = OPS[name], make(dtypes, size=THREE).with_dropout(0.3)
     part = of_layers(sample, used)
-    expected = results(op.run, part, op.leaves(part))
+    expected = op.results(part)
     x, *lists = (sample.call[n] for n in ("x", "lora_As", "lora_Bs"))
     leaves = [tensor.requires_grad_() for tensor in (x, *lists[0], *lists[1])]
     ys = op.run(**sample.call)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from support import op_table
-from support.layers import assert_errors_as_plain, random_layer
-from support.op_table import DOUBLE, OPS, Op, Sample, entry_of, with_entry
+from support.layers import assert_errors_as_plain
+from support.op_table import DOUBLE, OPS, Op, Sample, entry_of, good_call, linear, with_entry
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn import functional as F
 
 from lora_ext import functional, reference
-
-SEED = torch.tensor(77)
 
 
 class Case:
@@ -54,7 +52,7 @@ CHANGED = {
     "lora_grouped_": _added_to_a_batch,
 }
 _LAYERS = ((3, 5), ((4, 2), (3, 3)))
-_GROUPED = dict(tokens=5, features=(5, 4), entries=[2, (2, 3)], ranks=True, groups=torch.tensor([2, -1, 0, 2, 1]))
+_GROUPED = dict(tokens=5, features=(5, 4), entries=[2, (2, 3)], ranks=[1, 3, 2], groups=torch.tensor([2, -1, 0, 2, 1]))
 SMALL: dict[str, tuple[str, Callable[[], Sample]]] = {
     "linear": ("lora_linear", lambda: op_table.linear(DOUBLE, size=(3, 5, 4, 2), bias=True)),
     "delta": ("lora_delta_", lambda: op_table.delta(DOUBLE, size=(3, 5, 4, 2))),
@@ -137,12 +135,11 @@ def test_forward_mode(case):
 
 
 def test_outputs_under_transforms_have_the_dtypes_of_the_ops():
-    layer = random_layer((6, 24, 20, 4), (torch.bfloat16, torch.float32))
+    call = linear((torch.bfloat16, torch.float32)).with_dropout(0.3).call
     # Transforms compute with factors that the op may round.
-    layer = replace(layer, lora_A=layer.lora_A.bfloat16().float(), lora_B=layer.lora_B.bfloat16().float())
-    arguments = (*layer.args(), 0.3, SEED)
-    expected = torch.ops.lora_ext.lora_linear(*arguments)
-    batched = vmap(lambda x: torch.ops.lora_ext.lora_linear(x, *arguments[1:]))(layer.x[None])
+    call |= {name: call[name].bfloat16().float() for name in ("lora_A", "lora_B")}
+    expected = torch.ops.lora_ext.lora_linear(**call)
+    batched = vmap(lambda x: torch.ops.lora_ext.lora_linear(**call | {"x": x}))(call["x"][None])
     for ours, theirs in zip(batched, expected, strict=True):
         assert ours.dtype == theirs.dtype
         eps = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
@@ -152,89 +149,87 @@ def test_outputs_under_transforms_have_the_dtypes_of_the_ops():
 
 
 def test_autocast_under_transforms_casts_as_the_op():
-    layer = random_layer((6, 24, 20, 4))
+    sample = linear().with_dropout(0.3)
+    call, exact = sample.call, sample.double().call
 
-    def grad_A(f, layer):
-        x, weight, bias, lora_A, lora_B, scaling = layer.args()
-        loss = grad(lambda A: f(x, weight, bias, A, lora_B, scaling, 0.3, SEED).to(lora_A.dtype).square().sum())
-        return {"grad_A": loss(lora_A)}
+    def grad_A(f, call):
+        loss = grad(lambda A: f(**call | {"lora_A": A}).to(A.dtype).square().sum())
+        return {"grad_A": loss(call["lora_A"])}
 
-    with torch.autocast(layer.x.device.type, dtype=torch.bfloat16):
-        expected = functional.lora_linear(*layer.args(), 0.3, SEED)
-        (y,) = vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.3, SEED))(layer.x[None])
-        ours, plain = (grad_A(f, layer) for f in (functional.lora_linear, reference.lora_linear))
+    with torch.autocast(call["x"].device.type, dtype=torch.bfloat16):
+        expected = functional.lora_linear(**call)
+        (y,) = vmap(lambda x: functional.lora_linear(**call | {"x": x}))(call["x"][None])
+        ours, plain = (grad_A(f, call) for f in (functional.lora_linear, reference.lora_linear))
     assert y.dtype == expected.dtype == torch.bfloat16 and ours["grad_A"].dtype == torch.float32
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    exact = grad_A(reference.lora_linear, layer.to(torch.float64))
+    exact = grad_A(reference.lora_linear, exact)
     assert_errors_as_plain([(ours, exact, plain)], torch.bfloat16, torch.float32)
 
 
 def test_refusals_name_the_argument_under_transforms():
-    layer = random_layer((6, 24, 20, 4))
+    call = linear().call
 
-    def loss(x, lora_A=layer.lora_A, scaling=1.0):
-        return functional.lora_linear(x, layer.weight, layer.bias, lora_A, layer.lora_B, scaling).sum()
+    def loss(x, **wrong):
+        return functional.lora_linear(**call | {"x": x} | wrong).sum()
 
     with pytest.raises(ValueError, match=r"^lora_linear: lora_A has in_features=5 but weight has 24"):
-        grad(lambda x: loss(x, lora_A=torch.randn(4, 5)))(layer.x)
+        grad(lambda x: loss(x, lora_A=torch.randn(4, 5)))(call["x"])
     with pytest.raises(ValueError, match=r"^lora_linear: scaling is -1.0, want at least 0"):
-        vmap(lambda x: loss(x, scaling=-1.0))(layer.x[None])
+        vmap(lambda x: loss(x, scaling=-1.0))(call["x"][None])
 
 
 def test_lora_delta_changes_in_place_what_vmap_lets_it_change():
-    layer = random_layer((6, 24, 20, 4))
-    y, x, factors = layer.grad_y, layer.x, (layer.lora_A, layer.lora_B, 0.5)
-    expected = y + reference.lora_delta(x, *factors)
+    call = op_table.delta().call
+    y, x = call.pop("y"), call["x"]
+    expected = y + reference.lora_delta(**call)
     ys = y.unsqueeze(-1).repeat(1, 1, 3)  # samples that are not contiguous
-    vmap(lambda y: functional.lora_delta_(y, x, *factors).sum(), in_dims=-1)(ys)
+    vmap(lambda y: functional.lora_delta_(y, **call).sum(), in_dims=-1)(ys)
     torch.testing.assert_close(ys, expected.unsqueeze(-1).repeat(1, 1, 3))
     with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):  # PyTorch's own words
-        vmap(lambda x: functional.lora_delta_(y, x, *factors))(x[None])
+        vmap(lambda x: functional.lora_delta_(y, **call | {"x": x}))(x[None])
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def draws_under(randomness: str) -> tuple[Tensor, Tensor]:
-    """Eight equal samples and what vmap makes of them, without a seed."""
-    layer = random_layer((3, 50, 4, 2))
-    x = layer.x.expand(8, 3, 50)
-    return x, vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.5), randomness=randomness)(x)
+def drawn(xs: Tensor, randomness: str) -> Tensor:
+    """Returns what vmap makes of samples without a seed."""
+    call = linear(size=(3, 50, 4, 2)).call | {"dropout_p": 0.5}
+    return vmap(lambda x: functional.lora_linear(**call | {"x": x}), randomness=randomness)(xs)
 
 
 def test_vmap_refuses_dropout_unless_told_how_to_draw():
     with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
-        draws_under("error")
+        drawn(torch.randn(8, 3, 50), "error")
 
 
 def test_vmap_draws_one_mask_or_one_for_each_sample():
-    _, y = draws_under("same")
+    xs = torch.randn(3, 50).expand(8, 3, 50)
+    y = drawn(xs, "same")
     torch.testing.assert_close(y, y[:1].expand_as(y))
-    _, y = draws_under("different")
+    y = drawn(xs, "different")
     assert all(not torch.allclose(y[i], y[j]) for i in range(8) for j in range(i))
 
 
 def test_different_masks_are_those_of_the_drawn_seeds():
-    layer = random_layer((3, 50, 4, 2))
-    xs = torch.randn(5, 3, 50)
+    call, xs = linear(size=(3, 50, 4, 2)).call | {"dropout_p": 0.5}, torch.randn(5, 3, 50)
     torch.manual_seed(3)
-    ys = vmap(lambda x: functional.lora_linear(x, *layer.args()[1:], 0.5), randomness="different")(xs)
+    ys = vmap(lambda x: functional.lora_linear(**call | {"x": x}), randomness="different")(xs)
     torch.manual_seed(3)
     seeds = vmap(lambda x: functional.draw_seed(x.device), randomness="different")(xs)
     for x, y, seed in zip(xs, ys, seeds, strict=True):
-        torch.testing.assert_close(y, functional.lora_linear(x, *layer.args()[1:], 0.5, seed))
+        torch.testing.assert_close(y, functional.lora_linear(**call | {"x": x, "seed": seed}))
 
 
 # --- gradients of gradients -------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_gradients_of_a_frozen_lora_A_are_refused_by_name():
-    layer = random_layer((6, 24, 20, 4))
-    x, B = layer.x.requires_grad_(), layer.lora_B.requires_grad_()
-    y = functional.lora_linear(*layer.args())
+    call = linear().call
+    leaves = [call[name].requires_grad_() for name in ("x", "lora_B")]
     text = r"^lora_linear: gradients of gradients .* need x, which is not kept while lora_A is frozen"
     with pytest.raises(RuntimeError, match=text):
-        torch.autograd.grad(y.square().sum(), (x, B), create_graph=True)
+        torch.autograd.grad(functional.lora_linear(**call).square().sum(), leaves, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["linear, dropout", "siblings", "bottleneck, gelu"])
@@ -251,26 +246,20 @@ def test_gradients_of_gradients_of_some_arguments(name, wanted):
 
 
 def test_a_composite_backward_refuses_and_ignores_what_the_op_does():
-    layer = random_layer((3, 24, 20, 4))
-    mask = torch.zeros(3, 8, dtype=torch.uint8)  # not read without dropout
-
-    def gradients(grad_y: Tensor) -> tuple[Tensor, ...]:
-        xa = layer.x @ layer.lora_A.T
-        return torch.ops.lora_ext.lora_linear_backward(
-            grad_y, layer.x, layer.weight, layer.lora_A, layer.lora_B, xa, mask, 0.5, 0.0, (True, True, True)
-        )
-
-    torch.testing.assert_close(gradients(layer.grad_y.clone().requires_grad_()), gradients(layer.grad_y))
-    layer.grad_y.requires_grad_().untyped_storage().resize_(1)
+    call = good_call("lora_linear_backward") | {"dropout_p": 0.0}  # and so the mask is not read
+    op = torch.ops.lora_ext.lora_linear_backward
+    expected = op(**call)
+    grad_y = call["grad_y"].requires_grad_()
+    torch.testing.assert_close(op(**call), expected)
+    grad_y.untyped_storage().resize_(1)
     with pytest.raises(RuntimeError, match=r"^lora_linear_backward: grad_y is .* its storage has been freed"):
-        gradients(layer.grad_y)
+        op(**call)
 
 
 def test_batched_gradients_of_a_large_bias():
-    layer = random_layer((2000, 24, 130, 4))  # more elements than bias_gradient sums at once
-    bias = layer.bias.requires_grad_()
-    grads = torch.randn(3, 2000, 130)
-    (batched,) = torch.autograd.grad(functional.lora_linear(*layer.args()), bias, grads, is_grads_batched=True)
+    call = linear(size=(2000, 24, 130, 4)).call  # more elements than bias_gradient sums at once
+    bias, grads = call["bias"].requires_grad_(), torch.randn(3, 2000, 130)
+    (batched,) = torch.autograd.grad(functional.lora_linear(**call), bias, grads, is_grads_batched=True)
     torch.testing.assert_close(batched, grads.sum(1), rtol=1e-4, atol=1e-3)
 
 
@@ -280,20 +269,18 @@ def test_batched_gradients_of_a_large_bias():
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_nested_tensors_compute_by_values(layout, dropout_p):
-    layer = random_layer((10, 24, 20, 4))
-    parts = layer.x.split([3, 1, 6])
-    x = torch.nested.nested_tensor(list(parts), layout=layout, requires_grad=True)
-    dense, A, twin = (t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_A))
-    y = functional.lora_linear(x, layer.weight, layer.bias, A, layer.lora_B, 0.5, dropout_p, SEED)
-    expected = functional.lora_linear(dense, layer.weight, layer.bias, twin, layer.lora_B, 0.5, dropout_p, SEED)
-    assert y.is_nested and y.layout is layout
-    torch.testing.assert_close(torch.cat(y.unbind()), expected)
-    base = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    loss = torch.cat((y + base).unbind()).square().sum()  # the sum needs tensors of one shape
-    loss.backward()
-    (expected + torch.nn.functional.linear(dense, layer.weight, layer.bias)).square().sum().backward()
-    torch.testing.assert_close(torch.cat(x.grad.unbind()), dense.grad)
-    torch.testing.assert_close(A.grad, twin.grad)
+    call = linear(size=(10, 24, 20, 4)).with_dropout(dropout_p).call
+    x = torch.nested.nested_tensor(list(call["x"].split([3, 1, 6])), layout=layout, requires_grad=True)
+    calls = [call | {"x": of, "lora_A": call["lora_A"].clone()} for of in (x, call["x"].clone())]
+    ys, leaves = [], [[one[name].requires_grad_() for name in ("x", "lora_A")] for one in calls]
+    for one in calls:
+        y, base = functional.lora_linear(**one), F.linear(one["x"], one["weight"], one["bias"])
+        ys.append([torch.cat(t.unbind()) if t.is_nested else t for t in (y, y + base)])  # the sum needs one shape
+        ys[-1][1].square().sum().backward()
+        assert y.is_nested == one["x"].is_nested and (y.layout is layout or not y.is_nested)
+    torch.testing.assert_close(*ys)
+    (of_x, of_A), expected = ([leaf.grad for leaf in some] for some in leaves)
+    torch.testing.assert_close([torch.cat(of_x.unbind()), of_A], expected)
 
 
 def test_a_bottleneck_of_nested_tensors():
@@ -305,7 +292,6 @@ def test_a_bottleneck_of_nested_tensors():
 
 
 def test_features_of_different_lengths_are_refused():
-    layer = random_layer((6, 24, 20, 4))
     x = torch.nested.nested_tensor([torch.randn(3, 24), torch.randn(2, 24)], layout=torch.jagged).transpose(1, 2)
     with pytest.raises(ValueError, match=r"^lora_linear: x is a nested tensor whose last dimension is jagged"):
-        functional.lora_linear(x, *layer.args()[1:])
+        functional.lora_linear(**linear().call | {"x": x})

@@ -1,9 +1,8 @@
-"""Makes random LoRA layers and compares their results, for the op tests."""
+"""Compares results with plain PyTorch's, and knows what a layer keeps and adds, for tests of ops and of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -24,41 +23,6 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
     (torch.float64, torch.float32),
 ]
-
-
-@dataclass
-class Layer:
-    """The arguments of ``lora_linear`` except dropout, and a gradient of its output."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    grad_y: Tensor
-
-    def to(self, dtype: torch.dtype) -> Layer:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(dtype) for k, v in values.items() if isinstance(v, Tensor)})
-
-    def args(self) -> tuple:
-        return self.x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling
-
-
-def random_layer(shape, dtypes=(torch.float32, torch.float32), bias: bool = True, leading: tuple = ()) -> Layer:
-    num_tokens, in_features, out_features, rank = shape
-    dtype, factor_dtype = dtypes
-    tokens = leading or (num_tokens,)
-    return Layer(
-        x=torch.randn(*tokens, in_features).to(dtype),
-        weight=(torch.randn(out_features, in_features) / in_features**0.5).to(dtype),
-        bias=torch.randn(out_features).to(dtype) if bias else None,
-        lora_A=(torch.randn(rank, in_features) / in_features**0.5).to(factor_dtype),
-        lora_B=torch.randn(out_features, rank).to(factor_dtype),
-        scaling=0.75,
-        grad_y=torch.randn(*tokens, out_features).to(dtype),
-    )
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -97,11 +61,6 @@ def rounds_factors(device: torch.device, x_dtype: torch.dtype) -> bool:
     return x_dtype == torch.bfloat16 and _load.cpu_isa() in ("avx512_bf16", "amx")
 
 
-def in_dtypes_of(results: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Casts results to the dtypes of ``others``: the gradients of rounded factors to those of the factors."""
-    return {name: value.to(others[name].dtype) for name, value in results.items() if name in others}
-
-
 def with_threads(numbers: Iterable[int], function: Callable[[], T]) -> list[T]:
     """Returns what ``function`` returns with each number of threads."""
     before, found = torch.get_num_threads(), []
@@ -133,34 +92,6 @@ def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return saved
-
-
-@dataclass
-class Siblings:
-    """The arguments of ``lora_linear_siblings`` except dropout: layers that share x, with output gradients."""
-
-    x: Tensor
-    layers: list[Layer]
-
-    def args(self) -> tuple:
-        names = ("weight", "bias", "lora_A", "lora_B", "scaling")
-        return self.x, *([getattr(layer, name) for layer in self.layers] for name in names)
-
-    def grad_ys(self) -> list[Tensor]:
-        return [layer.grad_y for layer in self.layers]
-
-    def to(self, dtype: torch.dtype) -> Siblings:
-        return Siblings(self.x.to(dtype), [layer.to(dtype) for layer in self.layers])
-
-
-def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple = ()) -> Siblings:
-    """Makes random siblings; every other layer has a bias, and scalings differ."""
-    (num_tokens, in_features), sizes = shape
-    layers = []
-    for i, (out_features, rank) in enumerate(sizes):
-        layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
-        layers.append(replace(layer, scaling=0.75 + i / 2))
-    return Siblings(layers[0].x, layers)
 
 
 def delta_of(layer: nn.Module, name: str = "default") -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,3 +93,13 @@ def update_factors(
     if dtype != torch.float64 and not 1e-30 < scaling < 1e30:
         A, scaling = A * 2.0 ** (math.log2(scaling) // 2), scaling / 2.0 ** (math.log2(scaling) // 2)
     return A.to(dtype), B.to(dtype), scaling
+
+
+def packed_layers(
+    dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], sizes: Iterable[float] = itertools.repeat(0.1)
+) -> dict[str, list[Tensor]]:
+    """Makes arguments of the merge ops: hard weights of these rows, columns and ranks, and updates of these sizes."""
+    weights = [hard_weight(rows, columns, dtype) for rows, columns, _ in shapes]
+    layers = zip(weights, shapes, sizes, strict=False)
+    factors = [pack_factors(dtype, [update_factors(weight, rank, size)]) for weight, (*_, rank), size in layers]
+    return {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}

@@ -14,22 +14,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from support.groups import Grouped, random_groups
-from support.layers import (
-    Siblings,
-    assert_errors_as_plain,
-    in_dtypes_of,
-    random_layer,
-    random_siblings,
-    rounds_factors,
-)
-from support.merging import hard_weight, update_factors
+from support.layers import assert_errors_as_plain, rounds_factors
+from support.merging import packed_layers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from lora_ext import _load, functional, reference
 from lora_ext._ops.checks import accumulation_dtype
-from lora_ext.merging.weights import merge_all_, pack_factors
+from lora_ext.merging.weights import merge_all_
 
 ops = torch.ops.lora_ext
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
@@ -70,10 +63,9 @@ class Sample:
     grads: list[Tensor]
 
     def double(self) -> Sample:
-        call = self.call
-        for name, i, tensor in list(tensors_of(call)):
-            call = with_entry(call, name, i, tensor.double() if tensor.is_floating_point() else tensor)
-        return Sample(call, [grad.double() for grad in self.grads])
+        return Sample(
+            *pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (self.call, self.grads))
+        )
 
     def as_read(self, x_dtype: torch.dtype) -> Sample:
         """Returns the sample with factors as the kernels read them."""
@@ -122,6 +114,11 @@ class Op:
         """Returns the places of the tensors with gradients."""
         names = self.trained + self.frozen * with_frozen
         return [(name, i) for name, i, _ in tensors_of(sample.call) if name in names]
+
+    def results(self, sample: Sample, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Returns the results, and the gradients of these arguments; None: of all that are trained."""
+        leaves = [place for place in self.leaves(sample) if names is None or place[0] in names]
+        return results(self.run, sample, leaves)
 
 
 def results(
@@ -173,7 +170,8 @@ def assert_as_good_as_plain(
         read = sample.as_read(dtypes[0])
         runs = ((op.run, sample), (op.plain, read.double()), (op.plain, read))
         found = [results(function, of, leaves) for function, of in runs]
-        found[2] = in_dtypes_of(found[2], found[0])
+        # The gradients of rounded factors have the dtype of these.
+        found[2] = {name: value.to(found[0][name].dtype) for name, value in found[2].items()}
         compared.append(tuple(map(joined, found)) if "grouped" in op.name else tuple(found))
         assert all(value.isfinite().all() for value in found[0].values())
     is_rounded = rounds_factors(read.grads[0].device, dtypes[0])
@@ -218,30 +216,48 @@ def one_by_one(x: Tensor, lora_As, lora_Bs, scalings, weights=(), biases=(), bas
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
-_LAYER = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
-_LAYERS = ("x", "weights", "biases", "lora_As", "lora_Bs", "scalings")
+_SIBLINGS = {name: f"{name}s" for name in ("weight", "lora_A", "lora_B")} | {"bias": "biases"}
+
+
+def _random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def _matrix(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Makes matrices whose products with random vectors have elements of size 1."""
+    return (torch.randn(shape) / max(shape[-1], 1) ** 0.5).to(dtype)
 
 
 def linear(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4), bias: bool | None = None) -> Sample:
-    layer = random_layer(size, dtypes, size[1] % 2 == 0 if bias is None else bias, leading)
-    return Sample(dict(zip(_LAYER, layer.args(), strict=True)), [layer.grad_y])
+    tokens, in_features, out_features, rank = size
+    rows, (dtype, factor_dtype) = leading or (tokens,), dtypes
+    call = {
+        "x": _random(dtype, *rows, in_features),
+        "weight": _matrix(dtype, out_features, in_features),
+        "bias": _random(dtype, out_features) if bias or (bias is None and in_features % 2 == 0) else None,
+        "lora_A": _matrix(factor_dtype, rank, in_features),
+        "lora_B": _random(factor_dtype, out_features, rank),
+        "scaling": 0.75,
+    }
+    return Sample(call, [_random(dtype, *rows, out_features)])
 
 
 def delta(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
-    layer = random_layer(size, dtypes, leading=leading)
-    names = ("x", "lora_A", "lora_B", "scaling")
-    return Sample({"y": torch.randn_like(layer.grad_y)} | {n: getattr(layer, n) for n in names}, [layer.grad_y])
+    sample = linear(dtypes, leading, size)
+    rest = {name: value for name, value in sample.call.items() if name not in ("weight", "bias")}
+    return Sample({"y": torch.randn_like(sample.grads[0])} | rest, sample.grads)
 
 
 SIBLINGS = ((6, 24), ((20, 4), (12, 3)))
 
 
-def of_siblings(group: Siblings) -> Sample:
-    return Sample(dict(zip(_LAYERS, group.args(), strict=True)), group.grad_ys())
-
-
 def siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
-    return of_siblings(random_siblings(size, dtypes, leading))
+    """Makes layers of one x: every other one has a bias, and scalings differ."""
+    of_x, layers = size
+    alone = [linear(dtypes, leading, (*of_x, *layer), bias=i % 2 == 0) for i, layer in enumerate(layers)]
+    call = {"x": alone[0].call["x"]} | {names: [one.call[name] for one in alone] for name, names in _SIBLINGS.items()}
+    scalings = [0.75 + i / 2 for i in range(len(layers))]
+    return Sample(call | {"scalings": scalings}, [one.grads[0] for one in alone])
 
 
 def delta_siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
@@ -250,21 +266,54 @@ def delta_siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
     return Sample({"bases": [torch.randn_like(grad) for grad in sample.grads]} | rest, sample.grads)
 
 
-def of_groups(case: Grouped) -> Sample:
-    names = ("y", "x", "lora_As", "lora_Bs", "group_of_row", "scalings")
-    call = {name: getattr(case, name) for name in names}
-    return Sample(call | ({} if case.ranks is None else {"ranks": case.ranks}), [case.grad_y])
+def grouped(
+    dtypes: Dtypes = FLOAT,
+    leading=(),
+    tokens=6,
+    features=(24, 20),
+    entries=((3, 4), 2),
+    ranks: bool | list[int] = False,
+    groups: Tensor | None = None,
+) -> Sample:
+    """Makes rows of random groups, and of none.
+
+    Args:
+        entries: for each entry the rank of a matrix, or the slots and the rank of a stack.
+        ranks: of the groups; True: random numbers, and what no row may read of the factors is NaN.
+        groups: the group of each row; None: random.
+    """
+    (in_features, out_features), (dtype, factor_dtype) = features, dtypes
+    rows = leading or (tokens,)
+    shapes = [(entry,) if isinstance(entry, int) else entry for entry in entries]
+    most = torch.tensor([r for *slots, r in shapes for _ in range(slots[0] if slots else 1)])
+    call = {
+        "y": _random(dtype, *rows, out_features),
+        "x": _random(dtype, *rows, in_features),
+        "lora_As": [_matrix(factor_dtype, *shape, in_features) for shape in shapes],
+        "lora_Bs": [_random(factor_dtype, *slots, out_features, rank) for *slots, rank in shapes],
+        "group_of_row": torch.randint(-1, len(most), rows) if groups is None else groups,
+        "scalings": torch.rand(len(most), dtype=torch.float64) + 0.5,
+    }
+    if ranks:
+        call["ranks"] = (torch.rand(len(most)) * (most + 1)).long() if ranks is True else torch.tensor(ranks)
+    if ranks is True:
+        for group, (A, B) in enumerate(factors_of_groups(call)):
+            rank = call["ranks"][group] if (call["group_of_row"] == group).any() else 0
+            A[rank:] = B[:, rank:] = torch.nan
+    return Sample(call, [_random(dtype, *rows, out_features)])
 
 
-def grouped(dtypes: Dtypes = FLOAT, leading=(), tokens=6, features=(24, 20), entries=((3, 4), 2), **options) -> Sample:
-    return of_groups(random_groups(tokens, features, list(entries), dtypes, leading=leading, **options))
+def factors_of_groups(call: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Returns views of the factors of each group, with all ranks."""
+    entries = zip(call["lora_As"], call["lora_Bs"], strict=True)
+    return [pair for A, B in entries for pair in (zip(A, B, strict=True) if A.dim() == 3 else [(A, B)])]
 
 
 def grouped_linear(dtypes: Dtypes = FLOAT, leading=(), bias: bool = True, **options) -> Sample:
     sample = grouped(dtypes, leading, **options)
     out_features, in_features = sample.call.pop("y").shape[-1], sample.call["x"].shape[-1]
-    weight = (torch.randn(out_features, in_features) / max(in_features, 1) ** 0.5).to(dtypes[0])
-    own = {"weight": weight, "bias": torch.randn(out_features).to(dtypes[0]) if bias else None}
+    own = {"weight": _matrix(dtypes[0], out_features, in_features)}
+    own["bias"] = _random(dtypes[0], out_features) if bias else None
     return Sample({"x": sample.call.pop("x")} | own | sample.call, sample.grads)
 
 
@@ -273,30 +322,29 @@ def bottleneck(
 ) -> Sample:
     tokens, in_features, out_features, narrow = size
     lead, out_features = leading or (tokens,), out_features if residual else in_features
-    x = torch.randn(*lead, in_features).to(dtypes[0])
-    down = (torch.randn(narrow, in_features) / max(in_features, 1) ** 0.5).to(dtypes[1])
-    down_bias, up_bias = (torch.randn(n).to(dtypes[1]) if bias else None for n in (narrow, out_features))
+    x, down = _random(dtypes[0], *lead, in_features), _matrix(dtypes[1], narrow, in_features)
+    down_bias, up_bias = (_random(dtypes[1], n) if bias else None for n in (narrow, out_features))
     if activation == "relu":  # tokens near the kink, where rounding could flip the gradient
         hidden = F.linear(x.double(), down.double(), None if down_bias is None else down_bias.double())
         x[hidden.abs().amin(-1) < 0.02] = 0.0
     call = {"x": x, "down_weight": down, "down_bias": down_bias}
-    call |= {"up_weight": torch.randn(out_features, narrow).to(dtypes[1]), "up_bias": up_bias, "activation": activation}
-    call |= {"residual": torch.randn(*lead, out_features).to(dtypes[0])} if residual else {}
-    return Sample(call, [torch.randn(*lead, out_features).to(dtypes[0])])
+    call |= {"up_weight": _random(dtypes[1], out_features, narrow), "up_bias": up_bias, "activation": activation}
+    call |= {"residual": _random(dtypes[0], *lead, out_features)} if residual else {}
+    return Sample(call, [_random(dtypes[0], *lead, out_features)])
 
 
 def shrink(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
     call = delta(dtypes, leading, size).call
     x, A = call["x"], call["lora_A"]
-    return Sample({"x": x, "lora_A": A}, [torch.randn(*x.shape[:-1], len(A)).to(accumulation_dtype(x.dtype))])
+    return Sample({"x": x, "lora_A": A}, [_random(accumulation_dtype(x.dtype), *x.shape[:-1], len(A))])
 
 
 def expand(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
     sample = delta(dtypes, leading, size)
     base, rank = sample.call["y"], size[3]
-    xa = torch.randn(*base.shape[:-1], rank).to(accumulation_dtype(base.dtype))
-    bias = torch.randn(base.shape[-1]).to(base.dtype)
-    return Sample({"base": base, "xa": xa, "lora_B": sample.call["lora_B"], "bias": bias}, sample.grads)
+    call = {"base": base, "xa": _random(accumulation_dtype(base.dtype), *base.shape[:-1], rank)}
+    call |= {"lora_B": sample.call["lora_B"], "bias": _random(base.dtype, base.shape[-1])}
+    return Sample(call, sample.grads)
 
 
 def _of_sizes(make: Callable[..., Sample], sizes, key: str = "size", **options) -> dict[str, Callable]:
@@ -320,6 +368,7 @@ SIZES = [
 # library takes other kernels, and some releases pass it one pointer as bias and output.
 FEW = [(n, *size) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33) for size in ((70, 130, 20), (512, 48, 16))]
 FEW += [(n, *size) for n in (1, 2) for size in ((256, 384, 16), (384, 128, 3), (33, 19, 1))]
+FEW += [(n, *size) for n in (3, 19) for size in ((1, 24, 3), (31, 24, 3), (33, 24, 3))]
 # Our product of many tokens: sums and columns on both sides of a vector, a panel, all panels of a group and the lanes
 # of a panel; the fewest tokens; whole tiles and others; more rows than are packed together.
 MANY = [
@@ -365,6 +414,9 @@ _GROUPS = {
     "panels and items": dict(tokens=700, features=(70, 40), entries=[5, 3], groups=(torch.arange(700) % 5 == 0) * 1),
     "empty groups": dict(tokens=20, entries=[3] * 9, groups=torch.tensor([7, 2] * 10)),
     "hundreds of groups": dict(tokens=600, features=(16, 24), entries=[(200, 4), *[2] * 150]),
+    "a prompt each": dict(leading=(3, 30), features=(64, 48), entries=[3, 5], groups=torch.tensor([1, -1, 0])),
+    "several rows each": dict(leading=(4, 3, 2), entries=[4, 3], groups=torch.arange(12).view(4, 3) % 3 - 1),
+    "one group": dict(leading=(4, 3, 2), entries=[4, 3, 2], groups=torch.tensor(1)),
 }
 _NO_GROUPS = {
     "no rows": dict(tokens=0, entries=[4, 3]),
@@ -563,14 +615,13 @@ def _layer_call(name: str, **options: Any) -> dict[str, Any]:
     forward = name.removesuffix("_backward")
     if forward == "lora_dropout_mask":
         return {"dropout_p": 0.3, "seed": SEED.clone(), "num_tokens": 5, "in_features": 20}
-    groups = {"entries": [(2, 4)], "groups": torch.tensor([[0, -1, 1], [1, 0, -1]])} if "grouped" in name else {}
+    groups = {"entries": [(2, 4)], "groups": torch.tensor([[0, -1, 1], [1, 0, -1]]), "ranks": [3, 4]}
+    groups = groups if "grouped" in name else {}
     op = OPS[forward if forward in OPS else f"{forward}_"]
     sample = op.small(**{"leading": (2, 3)} | groups | options)
     call = {"ranks": None} | sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
-    if groups and "groups" not in options:
-        call["ranks"] = torch.tensor([3, 4])
     if "siblings" in name and "weights" in call:
-        call |= {"biases": [torch.randn(len(W)).to(W.dtype) for W in call["weights"]], "bases": []}
+        call |= {"biases": [_random(W.dtype, len(W)) for W in call["weights"]], "bases": []}
     if forward == name:
         return call
     x = call.get("x", call.get("base"))
@@ -588,16 +639,11 @@ def _merge_call(
     name: str, dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, int, int]] = ((5, 300, 2), (3, 20, 2))
 ) -> dict[str, Any]:
     """Makes a call for weights of these rows, columns and ranks."""
-    weights = [hard_weight(rows, columns, dtype) for rows, columns, _ in shapes]
-    ranks = [rank for *_, rank in shapes]
-    updates = [update_factors(weight, rank, 0.1) for weight, rank in zip(weights, ranks, strict=True)]
-    factors = [pack_factors(dtype, [update]) for update in updates]
-    lists = {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}
-    lists |= {"seeds": [], "first_rows": []}
+    call = packed_layers(dtype, shapes) | {"seeds": [], "first_rows": []}
     if name != "lora_unmerge_":
-        return lists
-    records = merge_all_("test", [weight.clone() for weight in weights], lists["lora_As"], lists["lora_Bs"])
-    return lists | {"words": [record.words for record in records], "corrections": [r.corrections for r in records]}
+        return call
+    records = merge_all_("test", [weight.clone() for weight in call["weights"]], call["lora_As"], call["lora_Bs"])
+    return call | {"words": [record.words for record in records], "corrections": [r.corrections for r in records]}
 
 
 def all_places() -> list[tuple[str, str, int | None]]:
