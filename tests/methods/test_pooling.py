@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from support.models import VOCABULARY
-from test_methods import D_MODEL, NAMES, method, model_of, train_a_little
+from test_methods import D_MODEL, method, model_of, train_a_little
 from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
 from lora_ext.methods import (
@@ -54,29 +52,6 @@ def test_the_mean_is_over_the_texts_tokens(family, return_dict):
     torch.testing.assert_close(model(**alone).logits, expected[1:])
     torch.testing.assert_close(model(input_ids=alone["input_ids"]).logits, expected[1:])  # all tokens count
     assert not [name for name, _ in model.named_parameters() if "pooler" in name]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("family", "pooling", "name"),
-    [*(("bert", "mean", name) for name in NAMES if name != "full")]
-    + [
-        (family, pooling, name)
-        for family, pooling in (("bert", "cls"), ("roberta", "mean"))
-        for name in ("lora", "bitfit")
-    ],
-)
-def test_every_method_trains_and_files_keep_the_pooling(name, family, pooling, tmp_path):
-    model = adapted(name, pooling, family)
-    expected = model(**batch()).logits
-    save_method(model, tmp_path)
-    assert json.loads((tmp_path / "method.json").read_text())["pooling"] == pooling
-    again = model_of(family)
-    if pooling == "cls" and family == "bert":  # the new pooler is trained and comes from the file
-        torch.nn.init.normal_(again.bert.pooler.dense.weight)
-    torch.testing.assert_close(load_method(again, tmp_path)(**batch()).logits, expected, rtol=1e-5, atol=1e-6)
-    assert pooling_of(again) == pooling
-    load_method(again, tmp_path)  # into the adapted model, too
 
 
 def test_a_trained_pooler_is_part_of_the_head():
