@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from support.analyzed import factors, name_base, own_adapter, save_files
+from support.analyzed import factors, name_base, own_adapter
 from support.checkpoint_files import peft_adapter, tensors_of
 from support.models import bert, gpt2, llama, snapshot
 from support.optional import Image, matplotlib  # noqa: F401
@@ -31,11 +31,6 @@ from lora_ext.analysis import (
 from lora_ext.commands import analyze, main
 
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from support import results
-from support.analyzed import save_files
 from support.optional import Image, matplotlib  # noqa: F401
 
 from lora_ext.commands import main
@@ -89,10 +88,9 @@ def report(folder: Path, *options: str) -> Page:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kinds of results, with an analysis of real adapters, and their page."""
     folder = save(tmp_path_factory.mktemp("results") / "week-3", **everything())
-    files = save_files(folder.parent)
     adapters = ["--adapter", str(files / "four"), str(files / "six"), "--base", str(files / "base")]
     assert main(["analyze", *adapters, "--out", str(folder / "analysis")]) == 0
     assert main(["report", str(folder)]) == 0
