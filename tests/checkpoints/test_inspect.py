@@ -65,9 +65,6 @@ def test_ranks_and_scalings_equal_those_of_peft(tmp_path: Path, use_rslora: bool
         assert (update.r, update.scaling) == (layer.r["default"], layer.scaling["default"]), update.path
 
 
-# --- inspect ---
-
-
 def test_an_adapters_layers_with_the_norms_of_their_updates(tmp_path):
     model = EveryLayer()
     adapted = peft_adapter(model, tmp_path / "adapter", **EVERY_LAYER)

@@ -197,9 +197,6 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch, capsys, n
     assert not (tmp_path / "5").exists()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(files, tmp_path, capsys):
     adapters, out = [str(files / "four"), str(files / "six")], tmp_path / "out"
     arguments = ["analyze", "--adapter", *adapters, "--base", str(files / "base"), "--out", str(out)]
@@ -226,9 +223,6 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
     (out / "mine.txt").write_text("mine")
     assert main(["analyze", "--adapter", adapters[0], "--no-base", "--out", str(out), "--overwrite"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [*names[1:3], "mine.txt", "spectra.png"]
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def test_matplotlib_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):

@@ -35,19 +35,14 @@ def gpt2_directory(tmp_path) -> str:
     return str(tmp_path / "gpt2")
 
 
-# --- the paper --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gpt3() -> dict[str, Any]:
-    """Plans GPT-3 175B with rank 4 on query and value, as in section 4.2, all in float16."""
-    options = ["--r", 4, "--target-modules", "q,v", "--dtype", "fp16", "--batch-size", 1, "--seq-len", 16]
-    return planned("--model", "gpt3-175b", *options)
-
-
 @pytest.mark.slow  # plans 96 layers
-def test_memory_of_gpt3(gpt3):
-    """The paper's 1.2 TB to 350 GB; docs/cli.md explains these bytes, which the paper does not."""
+def test_memory_of_gpt3():
+    """Rank 4 on query and value, as in section 4.2, all in float16: the paper's 1.2 TB to 350 GB.
+
+    docs/cli.md explains these bytes, which the paper does not.
+    """
+    options = ["--r", 4, "--target-modules", "q,v", "--dtype", "fp16", "--batch-size", 1, "--seq-len", 16]
+    gpt3 = planned("--model", "gpt3-175b", *options)
     full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
     parameters = full["parameters"]
     assert parameters == pytest.approx(175e9, rel=0.01)
@@ -87,9 +82,6 @@ def test_all_linear_next_to_other_names_means_the_same_layers():
     assert lora_targets(model, "all-linear") == {"target_modules": "all-linear"}
 
 
-# --- the demo model ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow  # trains the demo in two processes; tests/planner compares tensors with plans
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
 def test_the_demo_takes_the_memory_that_is_planned():
@@ -108,9 +100,6 @@ def test_the_demo_has_the_defaults_of_finetune():
     runs = planned()["runs"]
     assert runs["lora"]["trained_parameters"] == 438_507 and runs["full"]["parameters"] == 23_152_878 - 438_507
     assert runs["full"]["peak"] > runs["lora"]["peak"]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def command(*options: str, model: str) -> list[str]:

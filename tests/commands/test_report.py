@@ -223,8 +223,6 @@ def test_an_earlier_report_is_replaced(tmp_path, capsys):
     assert f"{tmp_path / 'new' / 'page.html'}: A run of lora\n" in capsys.readouterr().out
 
 
-# --- in a browser -----------------------------------------------------------------------------------------------------
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -40,9 +40,6 @@ def saved(base: nn.Module, directory: Path, **values) -> Tensor:
     return answer(model)
 
 
-# --- initialisations --------------------------------------------------------------------------------------------------
-
-
 EVA = {"init_lora_weights": "eva", "eva_config": EvaConfig(), "rank_pattern": {"layers.0.self_attn.q_proj": 2}}
 
 
@@ -83,9 +80,6 @@ def test_a_converted_adapter_loads_and_another_is_refused(tmp_path):
     # What the message says: the base model as the initialisation has changed it, and a plain config.
     edit(kept, init_lora_weights=True)
     torch.testing.assert_close(answer(load_adapter(theirs.unload(), kept)), expected)
-
-
-# --- alphas and other keys --------------------------------------------------------------------------------------------
 
 
 def test_remarks_are_read_and_kept(tmp_path):

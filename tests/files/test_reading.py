@@ -35,9 +35,6 @@ def test_files_of_the_library_are_read(tmp_path):
         read_tensor(tmp_path / "x", table["F32"])
 
 
-# --- the two files of an adapter --------------------------------------------------------------------------------------
-
-
 def test_a_file_has_config_tensors_and_metadata(tmp_path):
     peft_adapter(EveryLayer(), tmp_path, **EVERY_LAYER)
     expected = {key: t.clone() for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
