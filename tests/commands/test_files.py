@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from support import results
 from support.checkpoint_files import assert_same_bits, peft_adapter, save_checkpoint, tensors_of
 from support.models import llama
 
@@ -105,6 +106,16 @@ def test_inspect_a_checkpoint(command, tmp_path):
     _, printed, _ = command("inspect", save_checkpoint(tensors, tmp_path / "base", shards=2))
     assert "tensor dtype shape MB" in words(printed) and " b I64 [5] 0.00 " in words(printed)
     assert f"{tmp_path / 'base'}: checkpoint, 17 parameters (12 F32, 5 I64), 0.00 MB" in words(printed)
+
+
+def test_report(command, tmp_path):
+    """tests/commands/test_report.py looks at the pages."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(results.classification()))
+    page = tmp_path / "new" / "page.html"
+    for _ in range(2):  # an earlier one is replaced
+        assert command("report", tmp_path, "--out", page) == (0, f"{page}: A run of lora\n", "")
+    assert "75,264 of 22,788,482" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_full_output_is_an_error_and_a_reader_that_ends_is_none():
     assert ends == {writing: (0, ""), full: (1, "lora-ext: error: standard output: No space left on device\n")}
 
 
+@pytest.mark.full
 def test_nothing_heavy_is_imported_for_the_small_commands():
     heavy = {"transformers", "matplotlib", "datasets", "trl", "jinja2.environment"}
     code = "import sys; from lora_ext.commands import main; main(['info']); main(['--help'])\n"

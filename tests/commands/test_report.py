@@ -20,7 +20,7 @@ from support.optional import Image, matplotlib  # noqa: F401
 
 from lora_ext.commands import main
 
-pytestmark = pytest.mark.cpu_only("is about files")
+pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
 
 class Page(HTMLParser):
@@ -216,17 +216,9 @@ def test_content_of_files_stays_text(folder, tmp_path):
     assert page.text.count("<script>alert(1)</script>") > 30
 
 
-def test_an_earlier_report_is_replaced(tmp_path, capsys):
-    save(tmp_path / "results", run=results.classification())
-    for _ in range(2):
-        assert main(["report", str(tmp_path / "results"), "--out", str(tmp_path / "new" / "page.html")]) == 0
-    assert f"{tmp_path / 'new' / 'page.html'}: A run of lora\n" in capsys.readouterr().out
-
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_a_browser_shows_it_without_an_error(folder, tmp_path, theme):
     """A request would break the page's policy, which the browser reports as an error."""
