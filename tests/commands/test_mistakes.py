@@ -181,7 +181,7 @@ MISTAKES = {
         ("--method full --dtype int8", "--quantize int8 freezes the weights"),
         ("--method full --lora_r 3", "--lora_r goes with lora, not with --method full"),
         ("--method head-only", "--method head-only", "no new head to train"),
-        ("--method bitfit --task classification --model llama3-8b", "has no biases"),
+        ("--method bitfit --task classification --model chat", "has no biases"),
         ("--target-modules query", "--method lora", "matches no module"),
         ("--num-labels 3", "--num_labels goes with --task classification; a language model has none"),
         ("--model no/thing", "no/thing is neither a config", "gpt3-175b"),
