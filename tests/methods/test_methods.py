@@ -26,6 +26,7 @@ from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import (
     METHODS,
     apply_method,
+    head_parameter_count,
     load_method,
     method_of,
     new_method,
@@ -89,7 +90,7 @@ OF_FAMILY = {
     "qwen2": ("bitfit", "lora"),
     "roberta": ("full", "head-only", "lora", "prefix-embed", "prefix-layer"),
     "bert, mean": [name for name in NAMES if name != "full"],
-    "bert, cls": ("bitfit", "lora"),
+    "bert, cls": ("bitfit", "head-only", "lora"),
     "roberta, mean": ("bitfit", "lora"),
 }
 FAMILIES = {*CONFIGS, *OF_FAMILY}
@@ -132,9 +133,9 @@ def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
         dict(model.named_modules()),
         copy.deepcopy(model.state_dict()),
     )
-    predicted = method(name).count(model)
+    predicted, head = method(name).count(model), head_parameter_count(model)
     apply_method(model, method(name))
-    assert trainable_parameter_counts(model)[0] == predicted + HEADS.get(family, 3 * D_MODEL)
+    assert trainable_parameter_counts(model)[0] == predicted + head and head == HEADS.get(family, 3 * D_MODEL)
     if "prefix" not in name:  # special tokens act at once
         torch.testing.assert_close(logits(model, ids), bare)
     before = logits(model, ids)
@@ -169,7 +170,7 @@ def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
     assert dict(model.named_modules()) == modules and method_of(model) is None and hooks_of(model) == hooks
     if name not in ("full", "bitfit", "lora+bitfit"):  # which train in place
         for path, head in model.named_modules():
-            if path in ("classifier", "score") and "lora" not in name:
+            if path in ("classifier", "score", "bert.pooler") and "lora" not in name:
                 head.load_state_dict(model_of(family).get_submodule(path).state_dict())
         torch.testing.assert_close(logits(model, ids), bare, rtol=0, atol=0)
     apply_method(model, method("adapter-p"))
