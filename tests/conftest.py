@@ -74,9 +74,9 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With --quick, skips the import of files that are marked full as a whole."""
+    """With --quick, skips the import of files that are marked full, or slow, as a whole."""
     if config.getoption("--quick") and collection_path.suffix == ".py":
-        return True if re.search(r"^pytestmark = .*\bmark\.full\b", collection_path.read_text(), re.M) else None
+        return True if re.search(r"^pytestmark = .*\bmark\.(full|slow)\b", collection_path.read_text(), re.M) else None
     return None
 
 

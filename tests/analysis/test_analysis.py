@@ -41,8 +41,6 @@ def naive_similarity(U: np.ndarray, V: np.ndarray, i: int, j: int) -> float:
     return np.linalg.norm(U[:, :i].T @ V[:, :j], "fro") ** 2 / min(i, j)
 
 
-# --- decomposing the update -------------------------------------------------------------------------------------------
-
 SIZES = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24))
 
 
@@ -120,9 +118,6 @@ def test_in_a_full_space_random_subspaces_do_not_differ():
     assert random_similarity_std(1, 1, 2).item() == pytest.approx(math.sqrt(1 / 8))
     with pytest.raises(ValueError, match="expected_random_similarity: j_max is 5, want 0 to dim=4"):
         expected_random_similarity(2, 5, 4)
-
-
-# --- the spectrum -----------------------------------------------------------------------------------------------------
 
 
 def test_ranks_of_a_spectrum_by_hand():

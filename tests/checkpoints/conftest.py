@@ -1,26 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoint_files import peft_adapter, save_checkpoint
-from support.models import llama
 from torch import nn
 
 
-@pytest.fixture
-def llama_files(tmp_path: Path) -> tuple[Path, Path]:
-    """A sharded checkpoint and an adapter for it."""
-    model = llama()
-    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
-    return tmp_path / "base", tmp_path / "adapter"
-
-
 @pytest.fixture(scope="session")
-def small_files(tmp_path_factory) -> Path:
-    """``base`` and ``tuned``, checkpoints in two files each, and ``adapter``, one of their layers ``a`` and ``c``."""
+def made_once(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
     model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
@@ -28,3 +18,9 @@ def small_files(tmp_path_factory) -> Path:
     adapted = peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
     save_checkpoint(adapted.merge_and_unload().state_dict(), folder / "tuned", shards=2)
     return folder
+
+
+@pytest.fixture
+def files(made_once: Path, tmp_path: Path) -> Path:
+    """``base`` and ``tuned``, checkpoints in two files each, and ``adapter``, one of their layers ``a`` and ``c``."""
+    return Path(shutil.copytree(made_once, tmp_path, dirs_exist_ok=True))

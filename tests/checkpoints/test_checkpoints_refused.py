@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,8 +160,8 @@ def test_adapters_that_replace_the_same_are_refused(tmp_path):
     refuses(tmp_path / "base", [tmp_path / "x", tmp_path / "y"], tmp_path / "out", "classifier.weight: replaced by two")
 
 
-def test_out_must_be_new(llama_files, tmp_path):
-    base, adapter = llama_files
+def test_out_must_be_new(files, tmp_path):
+    base, adapter = files / "base", files / "adapter"
     (tmp_path / "file").write_text("dear")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out in (base, adapter, tmp_path, tmp_path / "file", tmp_path / "link"):
@@ -175,8 +174,8 @@ def test_out_must_be_new(llama_files, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_weights_are_one_for_each_adapter(llama_files, tmp_path):
-    base, adapter = llama_files
+def test_weights_are_one_for_each_adapter(files, tmp_path):
+    base, adapter = files / "base", files / "adapter"
     refuses(base, [], tmp_path / "out", "no adapter is given")
     for weights in ([], [1.0, 2.0], [math.nan]):
         refuses(base, [adapter], tmp_path / "out", "want 1 finite numbers", weights=weights)
@@ -187,27 +186,24 @@ def test_weights_are_one_for_each_adapter(llama_files, tmp_path):
 # --- directories that are no checkpoints, and odd ones ----------------------------------------------------------------
 
 
-def test_the_longest_name_in_an_index(small_files, tmp_path):
-    shutil.copytree(small_files / "tuned", tmp_path / "good")
+def test_the_longest_name_in_an_index(files):
     longest = "a" * (255 - len(".safetensors")) + ".safetensors"
-    (tmp_path / "good" / SHARD).rename(tmp_path / "good" / longest)
-    text = (tmp_path / "good" / INDEX).read_text()
-    (tmp_path / "good" / INDEX).write_text(text.replace(SHARD, longest))
-    assert set(Checkpoint.open(tmp_path / "good")) == set(Checkpoint.open(small_files / "tuned"))
+    (files / "tuned" / SHARD).rename(files / "tuned" / longest)
+    text = (files / "tuned" / INDEX).read_text()
+    (files / "tuned" / INDEX).write_text(text.replace(SHARD, longest))
+    assert set(Checkpoint.open(files / "tuned")) == set(Checkpoint.open(files / "base"))
 
 
-def test_a_single_file_is_read_before_an_index(small_files, tmp_path):
+def test_a_single_file_is_read_before_an_index(files):
     """As by Transformers."""
-    shutil.copytree(small_files / "tuned", tmp_path / "both")
-    save_file({"x": torch.ones(1)}, tmp_path / "both" / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path / "both")
+    save_file({"x": torch.ones(1)}, files / "base" / "model.safetensors")
+    checkpoint = Checkpoint.open(files / "base")
     assert list(checkpoint) == ["x"]
     assert SHARD in checkpoint.other_files()[1] and SHARD not in checkpoint.other_files()[0]
 
 
-def test_a_name_of_other_letters(small_files, tmp_path, capsys):
-    strange = tmp_path / "ok\udcff\x1b"  # a name that the system allows
-    shutil.copytree(small_files / "base", strange)
+def test_a_name_of_other_letters(files, capsys):
+    strange = (files / "base").rename(files / "ok\udcff\x1b")  # a name that the system allows
     main(["inspect", str(strange)])
     out = capsys.readouterr()
     assert (out.out + out.err).replace("\n", "").isprintable()

@@ -34,9 +34,6 @@ def logits_by_peft(model: nn.Module, adapter: Path) -> torch.Tensor:
         return peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()(IDS).logits
 
 
-# --- the approximation ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(30, 50), (600, 1100)])
 def test_the_error_is_that_of_the_best_approximation(shape):
     rank = 8
@@ -89,9 +86,6 @@ def test_the_same_files_give_the_same_adapter(tmp_path):
         torch.rand(3)
         extract(tmp_path / "base", tmp_path / "tuned", tmp_path / out, rank=4)
     assert_same_bits(tensors_of(tmp_path / "x"), tensors_of(tmp_path / "y"))
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_normalised_layers_have_one_rank(tmp_path):

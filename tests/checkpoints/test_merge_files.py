@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,21 +29,20 @@ from lora_ext.checkpoints import Checkpoint, merge
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
-def test_other_files_are_copied_and_other_weights_are_not(llama_files, tmp_path):
-    base, adapter = llama_files
+def test_other_files_are_copied_and_other_weights_are_not(files):
+    base, out = files / "base", files / "out"
     copied = ("tokenizer.json", "1_Pooling/config.json", "modeling_own.py")
     for name in (*copied, "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", ".cache/x"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
-    report = merge(base, [adapter], tmp_path / "out")
+    report = merge(base, [files / "adapter"], out)
     assert report.skipped == ["model.gguf", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     weights = {path.name for path in base.glob("model*.safetensors")}
-    kept = {*copied, *weights, "config.json", "generation_config.json", INDEX}
-    assert snapshot(tmp_path / "out").keys() == kept
-    assert all((tmp_path / "out" / name).read_text() == name for name in copied)
-    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    assert json.loads((tmp_path / "out" / INDEX).read_text()) == json.loads((base / INDEX).read_text())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert snapshot(out).keys() == {*copied, *weights, "config.json", INDEX}
+    assert all((out / name).read_text() == name for name in copied)
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert json.loads((out / INDEX).read_text()) == json.loads((base / INDEX).read_text())
+    assert sorted(path.name for path in files.iterdir()) == ["adapter", "base", "out", "tuned"]
 
 
 def test_a_single_file_stays_one(tmp_path):
@@ -59,11 +57,10 @@ def test_a_single_file_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_is_no_plain_number_is_copied(dtype, small_files, tmp_path):
-    shutil.copytree(small_files / "base", tmp_path / "base")
+def test_what_is_no_plain_number_is_copied(dtype, files, tmp_path):
     add_tensor(tmp_path / "base", "scales", "F8_E8M0", (3,), 3)
     add_tensor(tmp_path / "base", "blocks", "U8", (2, 3), 6)
-    assert merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "out", dtype=dtype).copied == 6
+    assert merge(tmp_path / "base", [files / "adapter"], tmp_path / "out", dtype=dtype).copied == 6
     before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "out")
     for key in ("scales", "blocks"):
         assert after[key][:2] == before[key][:2]
@@ -82,25 +79,24 @@ def test_empty_tensors_and_values_that_are_not_finite_are_copied(tmp_path):
         assert_same_bits({key: merged[key] for key in odd}, {key: t.to(dtype or t.dtype) for key, t in odd.items()})
 
 
-def test_links_to_files_elsewhere_are_followed(small_files, tmp_path):
+def test_links_to_files_elsewhere_are_followed(files, tmp_path):
     """The cache of the hub consists of links."""
     (tmp_path / "snapshot").mkdir()
-    for path in (small_files / "base").iterdir():
+    for path in (files / "base").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    for base, out in ((tmp_path / "snapshot", "linked"), (small_files / "base", "direct")):
-        merge(base, [small_files / "adapter"], tmp_path / out)
+    for base, out in ((tmp_path / "snapshot", "linked"), (files / "base", "direct")):
+        merge(base, [files / "adapter"], tmp_path / out)
     assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "direct")
     assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
 
 
-def test_metadata_of_each_file_is_kept(small_files, tmp_path):
-    shutil.copytree(small_files / "base", tmp_path / "base")
+def test_metadata_of_each_file_is_kept(files, tmp_path):
     paths = sorted((tmp_path / "base").glob("*.safetensors"))
     for number, path in enumerate(paths):
         save_file(load_file(path), path, metadata={"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"})
     index = json.loads((tmp_path / "base" / INDEX).read_text())
     (tmp_path / "base" / INDEX).write_text(json.dumps(index | {"metadata": [1]}))  # nobody's format
-    merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "merged")
+    merge(tmp_path / "base", [files / "adapter"], tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / INDEX).read_text()) == index
     for number, path in enumerate(paths):
         with safe_open(tmp_path / "merged" / path.name, "pt") as file:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support import tiny_classifier
+from support.analyzed import save_files
 from support.command_lines import Command, Run
 
 from lora_ext.commands import main
@@ -42,6 +43,12 @@ def finetune(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         return Run(tmp_path / out, said)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama in several files, ``base``, and its adapters ``four`` and ``six``."""
+    return save_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="session")

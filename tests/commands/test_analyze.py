@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from support.analyzed import factors, name_base, own_adapter, save_files
+from support.analyzed import factors, name_base, own_adapter
 from support.checkpoint_files import peft_adapter, tensors_of
 from support.models import bert, gpt2, llama, snapshot
 from support.optional import Image, matplotlib  # noqa: F401
@@ -32,8 +34,10 @@ pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), py
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_files(tmp_path_factory.mktemp("files"))
+def both(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The analysis of both adapters."""
+    with mock.patch.object(analyze, "figures", lambda result: {}):
+        return run(tmp_path_factory.mktemp("both") / "out", files / "four", files / "six", base=files / "base")
 
 
 @pytest.fixture
@@ -69,21 +73,20 @@ def assert_update(found: dict[str, Any], svd: Svd, weight: Tensor) -> None:
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
-def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
-    result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
+def test_two_adapters_against_whole_matrices(files, both):
     weights, scalings = tensors_of(files / "base"), (6 / 4, 6 / 6)
     modules = [("self_attn.q_proj", 1), ("mlp.up_proj", 1)]
     modules += [("self_attn.q_proj", 2), ("self_attn.v_proj", 2), ("mlp.up_proj", 2)]
     expected = sorted((f"model.layers.{i}.{module}", adapter) for i in range(2) for module, adapter in modules)
-    assert sorted((update["layer"], update["adapter"]) for update in result["updates"]) == expected
-    for update in result["updates"]:
+    assert sorted((update["layer"], update["adapter"]) for update in both["updates"]) == expected
+    for update in both["updates"]:
         number = update["adapter"] - 1
         A, B = factors(files / ("four", "six")[number], update["layer"])
         assert_update(update, factored_svd(A, B, scalings[number]), weights[f"{update['layer']}.weight"])
 
-    shared = [update["layer"] for update in result["updates"] if update["adapter"] == 1]
-    assert [row["factor"] for row in result["similarity"]] == ["lora_A", "lora_B"]
-    for side, row in enumerate(result["similarity"]):
+    shared = [update["layer"] for update in both["updates"] if update["adapter"] == 1]
+    assert [row["factor"] for row in both["similarity"]] == ["lora_A", "lora_B"]
+    for side, row in enumerate(both["similarity"]):
         assert (row["adapters"], row["layers"]) == ([1, 2], 4)
         grids = []
         for name in shared:
@@ -97,19 +100,18 @@ def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
             assert row["random"][i - 1][j - 1] == pytest.approx(np.mean([max(i, j) / n for n in sizes]), rel=1e-4)
 
 
-def test_summaries_are_of_the_layers(files, tmp_path, no_pictures):
-    result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
-    assert result["paths"] == [str(files / "four"), str(files / "six")]
-    for number, adapter in enumerate(result["adapters"], 1):
-        updates = [update for update in result["updates"] if update["adapter"] == number]
+def test_summaries_are_of_the_layers(files, both):
+    assert both["paths"] == [str(files / "four"), str(files / "six")]
+    for number, adapter in enumerate(both["adapters"], 1):
+        updates = [update for update in both["updates"] if update["adapter"] == number]
         assert (adapter["adapter"], adapter["r"], adapter["layers"]) == [(1, 4, 4), (2, 6, 6)][number - 1]
         of_queries = [update for update in updates if update["layer"].endswith("q_proj")]
         kind = number, "model.layers.*.self_attn.q_proj"
-        (queries,) = [row for row in result["kinds"] if (row["adapter"], row["kind"]) == kind]
+        (queries,) = [row for row in both["kinds"] if (row["adapter"], row["kind"]) == kind]
         for means, rows in ((adapter, updates), (queries, of_queries)):
             for key in ("effective_rank", "stable_rank", "norm", "delta", "weight", "random", "amplification"):
                 assert means[key] == pytest.approx(np.mean([row[key] for row in rows]), rel=1e-5)
-        table = [row for row in result["by_rank"] if row["adapter"] == number]
+        table = [row for row in both["by_rank"] if row["adapter"] == number]
         assert [row["rank"] for row in table] == [[1, 2, 4], [1, 2, 4, 6]][number - 1]
         first = [update["projections"][0]["amplification"] for update in updates]
         assert table[0]["amplification"] == pytest.approx(np.mean(first), rel=1e-5)
@@ -195,9 +197,6 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch, capsys, n
     assert not (tmp_path / "5").exists()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(files, tmp_path, capsys):
     adapters, out = [str(files / "four"), str(files / "six")], tmp_path / "out"
     arguments = ["analyze", "--adapter", *adapters, "--base", str(files / "base"), "--out", str(out)]
@@ -226,13 +225,8 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
     assert sorted(path.name for path in out.iterdir()) == [*names[1:3], "mine.txt", "spectra.png"]
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-def test_matplotlib_is_named_where_it_is_missing(tmp_path):
-    from support.processes import run_python
-
-    code = "import sys; sys.modules['matplotlib'] = None; from lora_ext.commands import main; sys.exit(main())"
-    done = run_python("-c", code, "analyze", "--adapter", tmp_path, "--out", tmp_path / "out")
-    assert done.returncode == 2, done.stderr
-    assert "lora-ext analyze: error: this needs matplotlib: pip install" in done.stderr and "[report]" in done.stderr
+def test_matplotlib_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["analyze", "--adapter", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "lora-ext analyze: error: this needs matplotlib: pip install" in said and "[report]" in said

@@ -79,9 +79,8 @@ EVERYTHING += ["--save_steps", "8", "--eval_strategy", "steps", "--eval_steps", 
 EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1", "--early_stopping", "30"]
 
 
-@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"])
-def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
-    words = [*tiny, *lora, *options, "--max_steps", "40"]
+def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch):
+    words = [*tiny, *lora, *EVERYTHING, "--max_steps", "40"]
     whole = finetune(*words, out="whole")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "Clock", stopped_after(27))

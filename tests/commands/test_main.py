@@ -16,7 +16,7 @@ from support.processes import Forked, run_python
 import lora_ext
 from lora_ext import commands
 from lora_ext.commands import main
-from lora_ext.commands.options import CommandError, Parser, dtype, names_of, refusing, size
+from lora_ext.commands.options import CommandError, Parser, names_of, refusing, size
 from lora_ext.commands.results import read_json, tell, write_json
 
 pytestmark = pytest.mark.cpu_only("tests the command line")
@@ -39,22 +39,11 @@ WANTED = "want one of finetune, compare, plan, analyze, report, merge, extract, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ("finetun", f": error: there is no command 'finetun'; did you mean finetune?; {WANTED}"),
-        ("\x1b[31m", f": error: there is no command '\\x1b[31m'; {WANTED}"),
-        ("info --jason", " info: error: there is no option --jason; did you mean --json?\n"),
-        ("info --xyz=1", " info: error: there is no option --xyz\n"),
-        ("info here", " info: error: there is no option here\n"),
-        ("info --plan", " info: error: argument --plan: expected one argument\n"),
-        ("inspect", " inspect: error: the following arguments are required: path\n"),
-        ("inspect a\x1b", " inspect: error: a\\x1b is missing; want a directory with model.safetensors or "),
-    ],
+    ("name", "said"), [("finetun", "'finetun'; did you mean finetune?"), ("\x1b[31m", "'\\x1b[31m'")]
 )
-def test_mistakes_are_one_line_and_status_2(capsys, arguments, error):
-    assert main(arguments.split(" ")) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"lora-ext{error}") and printed.err.count("\n") == 1
+def test_an_unknown_command(capsys, name, said):
+    assert main([name]) == 2
+    assert capsys.readouterr() == ("", f"lora-ext: error: there is no command {said}; {WANTED}")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
@@ -96,6 +85,7 @@ def test_a_full_output_is_an_error_and_a_reader_that_ends_is_none():
     assert ends == {writing: (0, ""), full: (1, "lora-ext: error: standard output: No space left on device\n")}
 
 
+@pytest.mark.full
 def test_nothing_heavy_is_imported_for_the_small_commands():
     heavy = {"transformers", "matplotlib", "datasets", "trl", "jinja2.environment"}
     code = "import sys; from lora_ext.commands import main; main(['info']); main(['--help'])\n"
@@ -160,15 +150,7 @@ def test_values_of_options():
     assert names_of(" query, value,,") == ["query", "value"]
     parser = Parser(prog="x")
     parser.add_argument("--size", type=size, default="1GB", help="bytes")
-    parser.add_argument("--dtype", type=dtype, help="dtype")
-    for arguments, message in (
-        (["--size", "0"], "argument --size: '0', want a size such as 5GB or 500MB"),
-        (["--dtype", "int8"], "argument --dtype: 'int8', want one of float64, float32, bfloat16, float16"),
-        (["--siz", "1"], "there is no option --siz; did you mean --size?"),  # no abbreviations
-    ):
-        with pytest.raises(CommandError) as refused:
-            parser.parse_args(arguments)
-        assert str(refused.value) == message
+    parser.add_argument("--dtype", help="dtype")
     assert "bytes (default: 1GB)" in parser.format_help() and "None" not in parser.format_help()
 
 
@@ -176,21 +158,6 @@ def test_results_are_json(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"é": float("nan"), "path": Path("x")})
     assert (tmp_path / "new" / "a.json").read_text() == '{\n  "\\u00e9": null,\n  "path": "x"\n}\n'
     assert read_json(tmp_path / "new" / "a.json") == {"é": None, "path": "x"}
-
-
-def test_damaged_results_are_named(tmp_path):
-    path = tmp_path / "r.json"
-    with pytest.raises(CommandError, match=r"r\.json: No such file or directory"):
-        read_json(path)
-    for content, what in (
-        (b"{", "JSON: "),
-        (b"\xff\xfe", "JSON: "),
-        (b"[" * 100_000, "JSON: "),
-        (b"[1]", "JSON object; "),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(CommandError, match=f"r.json holds no {what}.*remove it, or make it again"):
-            read_json(path)
 
 
 def test_names_that_the_output_cannot_show_are_escaped(monkeypatch):

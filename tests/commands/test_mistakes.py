@@ -33,6 +33,10 @@ DATA = {
     "notes/letter.txt": "mine",
     "results/metrics.json": json.dumps(results.classification()),
     "nothing/letter.txt": "mine",
+    "half/compare.json": "{",
+    "deep/compare.json": "[" * 100_000,
+    "list/compare.json": "[1]",
+    "other/compare.json": "{}",
     "no-checkpoint/pytorch_model\x1b[31m.bin": "",
     "text-file": "text",
 }
@@ -55,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in DATA.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
-    (folder / "latin.csv").write_bytes(b"text,label\ncaf\xe9,1\n")
+    for name, content in {"latin.csv": b"text,label\ncaf\xe9,1\n", "utf-16/compare.json": b"\xff\xfe"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     (folder / "two-files").mkdir()
     for name in "xy":
         save_file({"a": torch.ones(1)}, folder / "two-files" / f"{name}.safetensors")
@@ -175,11 +181,13 @@ MISTAKES = {
         ("--method full --dtype int8", "--quantize int8 freezes the weights"),
         ("--method full --lora_r 3", "--lora_r goes with lora, not with --method full"),
         ("--method head-only", "--method head-only", "no new head to train"),
-        ("--method bitfit --task classification --model llama3-8b", "has no biases"),
+        ("--method bitfit --task classification --model chat", "has no biases"),
         ("--target-modules query", "--method lora", "matches no module"),
         ("--num-labels 3", "--num_labels goes with --task classification; a language model has none"),
         ("--model no/thing", "no/thing is neither a config", "gpt3-175b"),
         ("--rank 3", "there is no option --rank"),
+        ("--optimize sgd", "there is no option --optimize; did you mean --optimizer?"),  # no abbreviations
+        ("--gpu-memory 0", "'0', want a size such as 5GB or 500MB"),
         ("--model t5 --task causal-lm", "Unrecognized configuration class"),
     ],
     "report": [
@@ -188,6 +196,9 @@ MISTAKES = {
         ("results --out nothing", "nothing exists and is no report; name another file"),
         ("results --out letter.html", "letter.html exists and is no report; name another file"),
         ("results --out results/metrics.json/page.html", "--out: "),
+        *((name, "compare.json holds no JSON: ", "remove it, or make it again") for name in ("half", "deep", "utf-16")),
+        ("list", "compare.json holds no JSON object; remove it, or make it again"),
+        ("other", "compare.json is not what the command writes: KeyError('rows'); make it again"),
     ],
     "merge": [
         ("", "the following arguments are required: --out"),
@@ -207,6 +218,7 @@ MISTAKES = {
         ("--adapter nowhere", "is missing"),
     ],
     "inspect": [
+        ("", "the following arguments are required: path"),
         *NO_CHECKPOINTS.items(),
         *(("x" * length, "x" * 255) for length in (300, 5000)),
         ("no\x1b[31msuch", r"no\x1b[31msuch"),
@@ -215,6 +227,10 @@ MISTAKES = {
     "info": [
         *((f"--plan {plan}", f"--plan is '{plan}', {PLAN}") for plan in ("1,2", "1,2,x", "0,8,8", "1,2,3,4,5")),
         ("--plan 1,4096,4096 --sms 0", "--sms is '0', want a positive number"),
+        ("--plan", "argument --plan: expected one argument"),
+        ("--jason", "there is no option --jason; did you mean --json?"),
+        ("--xyz=1", "there is no option --xyz"),
+        ("here", "there is no option here"),
     ],
 }
 SLOW = ("finetune", "causal-lm", "analyze", "compare")  # to import

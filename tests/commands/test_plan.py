@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_lines import mistake
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config
 
 from lora_ext.adapters import trainable_parameter_counts
-from lora_ext.commands import main
 from lora_ext.commands.adapting import lora_targets
 from lora_ext.commands.plan import parse, plan, rows
 from lora_ext.commands.results import readable
@@ -27,27 +27,14 @@ def planned(*options: object) -> dict[str, Any]:
     return plan(parse([str(option) for option in options]))
 
 
-@pytest.fixture
-def gpt2_directory(tmp_path) -> str:
-    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
-    config.architectures = ["GPT2LMHeadModel"]
-    config.save_pretrained(tmp_path / "gpt2")
-    return str(tmp_path / "gpt2")
-
-
-# --- the paper --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gpt3() -> dict[str, Any]:
-    """Plans GPT-3 175B with rank 4 on query and value, as in section 4.2, all in float16."""
-    options = ["--r", 4, "--target-modules", "q,v", "--dtype", "fp16", "--batch-size", 1, "--seq-len", 16]
-    return planned("--model", "gpt3-175b", *options)
-
-
 @pytest.mark.slow  # plans 96 layers
-def test_memory_of_gpt3(gpt3):
-    """The paper's 1.2 TB to 350 GB; docs/cli.md explains these bytes, which the paper does not."""
+def test_memory_of_gpt3():
+    """Rank 4 on query and value, as in section 4.2, all in float16: the paper's 1.2 TB to 350 GB.
+
+    docs/cli.md explains these bytes, which the paper does not.
+    """
+    options = ["--r", 4, "--target-modules", "q,v", "--dtype", "fp16", "--batch-size", 1, "--seq-len", 16]
+    gpt3 = planned("--model", "gpt3-175b", *options)
     full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
     parameters = full["parameters"]
     assert parameters == pytest.approx(175e9, rel=0.01)
@@ -87,9 +74,6 @@ def test_all_linear_next_to_other_names_means_the_same_layers():
     assert lora_targets(model, "all-linear") == {"target_modules": "all-linear"}
 
 
-# --- the demo model ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow  # trains the demo in two processes; tests/planner compares tensors with plans
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
 def test_the_demo_takes_the_memory_that_is_planned():
@@ -103,26 +87,17 @@ def test_the_demo_takes_the_memory_that_is_planned():
         assert found["runs"][method]["peak"] == pytest.approx(growth, rel=0.15)
 
 
-def test_the_demo_has_the_defaults_of_finetune():
-    """Adapters of linear layers and embeddings, the pooler and the head."""
-    runs = planned()["runs"]
-    assert runs["lora"]["trained_parameters"] == 438_507 and runs["full"]["parameters"] == 23_152_878 - 438_507
-    assert runs["full"]["peak"] > runs["lora"]["peak"]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def command(*options: str, model: str) -> list[str]:
-    lora = [] if "--method" in options else ["--target-modules", "q,v", "--r", "2"]
-    return ["plan", "--model", model, "--seq-len", "32", "--batch-size", "4", *lora, *options]
-
-
-def test_console_and_file(gpt2_directory, tmp_path, capsys):
-    out = tmp_path / "plan"
-    options = ["--dtype", "bf16", "--gpu-memory", "300KB", "--reserve", "1KB", "--out", str(out)]
-    assert main(command(*options, model=gpt2_directory)) == 0
-    printed, saved = capsys.readouterr().out, json.loads((out / "plan.json").read_text())
+@pytest.mark.full
+def test_console_and_file(command, tmp_path):
+    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "gpt2")
+    out, model = tmp_path / "plan", ["--model", tmp_path / "gpt2", "--seq-len", 32, "--batch-size", 4]
+    model += ["--target-modules", "q,v", "--r", 2]
+    options = ["--dtype", "bf16", "--gpu-memory", "300KB", "--reserve", "1KB"]
+    status, printed, _ = command("plan", *model, *options, "--out", out)
+    saved = json.loads((out / "plan.json").read_text())
+    assert status == 0
     trained = 2 * LAYERS * 2 * D_MODEL * 2
     lora = saved["runs"]["lora"]
     assert (lora["trained_parameters"], lora["checkpoint_bytes"]) == (trained, 4 * trained)
@@ -131,17 +106,18 @@ def test_console_and_file(gpt2_directory, tmp_path, capsys):
     assert all(cell in printed for row in rows(saved) for cell in row)
     assert "lora does not fit into 299 kB" in printed and "lora fits with one of these:" in printed
     for change in saved["changes"]:  # its options make the run fit
-        again = planned(*command(*options, *change["options"].split(), model=gpt2_directory)[1:])
+        again = planned(*model, *options, *change["options"].split())
         assert again["runs"]["lora"]["fits"] and again["runs"]["lora"]["peak"] == change["peak"]
     options = [change["options"].split()[0] for change in saved["changes"]]
     assert options == ["--per_device_train_batch_size", "--max_length"]
 
     before = (out / "plan.json").read_bytes()
-    assert main(command("--out", str(out), model=gpt2_directory)) == 2
-    assert f"--out {out} holds a plan already; --overwrite replaces it\n" in capsys.readouterr().err
+    assert f"--out {out} holds a plan already; --overwrite replaces it" in mistake(
+        command("plan", *model, "--out", out)
+    )
     assert (out / "plan.json").read_bytes() == before
-    assert main(command("--out", str(out), "--overwrite", "--json", model=gpt2_directory)) == 0
-    assert json.loads(capsys.readouterr().out)["runs"] == json.loads((out / "plan.json").read_text())["runs"]
+    _, printed, _ = command("plan", *model, "--out", out, "--overwrite", "--json")
+    assert json.loads(printed)["runs"] == json.loads((out / "plan.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter-drop", "head-only", "prefix-embed", "lora+prefix-layer"])

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from support import results
-from support.analyzed import save_files
 from support.optional import Image, matplotlib  # noqa: F401
 
 from lora_ext.commands import main
 
-pytestmark = pytest.mark.cpu_only("is about files")
+pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
 
 
 class Page(HTMLParser):
@@ -89,10 +88,9 @@ def report(folder: Path, *options: str) -> Page:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kinds of results, with an analysis of real adapters, and their page."""
     folder = save(tmp_path_factory.mktemp("results") / "week-3", **everything())
-    files = save_files(folder.parent)
     adapters = ["--adapter", str(files / "four"), str(files / "six"), "--base", str(files / "base")]
     assert main(["analyze", *adapters, "--out", str(folder / "analysis")]) == 0
     assert main(["report", str(folder)]) == 0
@@ -218,33 +216,9 @@ def test_content_of_files_stays_text(folder, tmp_path):
     assert page.text.count("<script>alert(1)</script>") > 30
 
 
-def test_damaged_files_are_named_and_the_page_stays(tmp_path, capsys):
-    save(tmp_path, run=results.classification())
-    before = report(tmp_path).source
-    for content, message in (
-        ("{", "compare.json holds no JSON: "),
-        ("{}", "compare.json is not what the command writes: KeyError('rows'); make it again"),
-    ):
-        (tmp_path / "compare.json").write_text(content)
-        capsys.readouterr()
-        assert main(["report", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err
-    assert (tmp_path / "report.html").read_text() == before
-
-
-def test_an_earlier_report_is_replaced(tmp_path, capsys):
-    save(tmp_path / "results", run=results.classification())
-    for _ in range(2):
-        assert main(["report", str(tmp_path / "results"), "--out", str(tmp_path / "new" / "page.html")]) == 0
-    assert f"{tmp_path / 'new' / 'page.html'}: A run of lora\n" in capsys.readouterr().out
-
-
-# --- in a browser -----------------------------------------------------------------------------------------------------
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_a_browser_shows_it_without_an_error(folder, tmp_path, theme):
     """A request would break the page's policy, which the browser reports as an error."""

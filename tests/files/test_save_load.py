@@ -22,9 +22,6 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-# --- against PEFT -----------------------------------------------------------------------------------------------------
-
-
 def test_tied_modules_to_save_round_trip_and_stay_tied(tmp_path):
     base, ids = llama(tied=True).double().eval(), token_ids()
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
@@ -92,9 +89,6 @@ def test_a_wrapper_that_computes_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="AveragedModel is not injected; .*pass the part"):
         save_adapter(average, tmp_path)
     save_adapter(average.module, tmp_path)
-
-
-# --- parameters that train, but that no file holds ---
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])

@@ -26,12 +26,15 @@ from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import (
     METHODS,
     apply_method,
+    head_parameter_count,
     load_method,
     method_of,
     new_method,
+    pooling_of,
     read_method,
     remove_method,
     save_method,
+    set_pooling,
 )
 
 D_MODEL, LAYERS, D_FF = 16, 3, 24
@@ -64,12 +67,17 @@ OPTIONS = {
     "lora+prefix-layer": {"prefix_length": 2, "r": 2, "target_modules": "all-linear"},
 }
 NAMES = sorted({*METHODS, *OPTIONS})
-HEADS = {"bert": 3 * D_MODEL + 3, "roberta": D_MODEL**2 + D_MODEL + 3 * D_MODEL + 3}
+LINEAR, POOLER = 3 * D_MODEL + 3, D_MODEL**2 + D_MODEL
+HEADS = {"bert": LINEAR, "bert, mean": LINEAR, "bert, cls": POOLER + LINEAR}
+HEADS |= {"roberta": POOLER + LINEAR, "roberta, mean": POOLER + LINEAR}
 
 
-def model_of(family: str, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[family])).eval()
+def model_of(family: str) -> PreTrainedModel:
+    """A classifier of a family, with a pooling if one follows."""
+    torch.manual_seed(0)
+    name, _, pooling = family.partition(", ")
+    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS[name])).eval()
+    return set_pooling(model, pooling) if pooling else model
 
 
 def method(name: str):
@@ -81,8 +89,12 @@ OF_FAMILY = {
     "mistral": ("full", "lora", "prefix-layer"),
     "qwen2": ("bitfit", "lora"),
     "roberta": ("full", "head-only", "lora", "prefix-embed", "prefix-layer"),
+    "bert, mean": [name for name in NAMES if name != "full"],
+    "bert, cls": ("bitfit", "head-only", "lora"),
+    "roberta, mean": ("bitfit", "lora"),
 }
-PAIRS = [(name, family) for name in NAMES for family in CONFIGS if name in OF_FAMILY.get(family, NAMES)]
+FAMILIES = {*CONFIGS, *OF_FAMILY}
+PAIRS = [(name, family) for name in NAMES for family in sorted(FAMILIES) if name in OF_FAMILY.get(family, NAMES)]
 QUICK = [pair if pair[1] in ("bert", "llama") else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
 
 
@@ -95,6 +107,10 @@ def ids_with_padding() -> torch.Tensor:
     ids = token_ids(3, 7).clamp_min(2)
     ids[1, 5:] = ids[2, 3:] = 1
     return ids
+
+
+def hooks_of(model: nn.Module) -> list:
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
 
 def train_a_little(model: nn.Module) -> None:
@@ -110,11 +126,16 @@ def train_a_little(model: nn.Module) -> None:
 @pytest.mark.parametrize(("name", "family"), QUICK)
 def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
     """Trained parameters, the output before training, what training changes, files, and the bare model again."""
-    model, ids = model_of(family), ids_with_padding()
-    bare, modules, frozen = logits(model, ids), dict(model.named_modules()), copy.deepcopy(model.state_dict())
-    predicted = method(name).count(model)
+    model, ids, (unpooled, _, pooling) = model_of(family), ids_with_padding(), family.partition(", ")
+    hooks, bare, modules, frozen = (
+        hooks_of(model),
+        logits(model, ids),
+        dict(model.named_modules()),
+        copy.deepcopy(model.state_dict()),
+    )
+    predicted, head = method(name).count(model), head_parameter_count(model)
     apply_method(model, method(name))
-    assert trainable_parameter_counts(model)[0] == predicted + HEADS.get(family, 3 * D_MODEL)
+    assert trainable_parameter_counts(model)[0] == predicted + head and head == HEADS.get(family, 3 * D_MODEL)
     if "prefix" not in name:  # special tokens act at once
         torch.testing.assert_close(logits(model, ids), bare)
     before = logits(model, ids)
@@ -128,8 +149,9 @@ def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
             assert torch.equal(tensor, frozen[path]), path
 
     save_method(model, tmp_path / "saved")
-    other = load_method(model_of(family), tmp_path / "saved")
+    other = load_method(model_of(unpooled), tmp_path / "saved")
     torch.testing.assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=0)
+    assert (pooling_of(other) or "") == pooling
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert method_of(other).name == name
     third = load_method(model_of(family), tmp_path / "saved", trainable=True)
@@ -145,12 +167,10 @@ def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
     remove_method(model)
-    assert dict(model.named_modules()) == modules and method_of(model) is None
-    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert not hooks
+    assert dict(model.named_modules()) == modules and method_of(model) is None and hooks_of(model) == hooks
     if name not in ("full", "bitfit", "lora+bitfit"):  # which train in place
         for path, head in model.named_modules():
-            if path in ("classifier", "score") and "lora" not in name:
+            if path in ("classifier", "score", "bert.pooler") and "lora" not in name:
                 head.load_state_dict(model_of(family).get_submodule(path).state_dict())
         torch.testing.assert_close(logits(model, ids), bare, rtol=0, atol=0)
     apply_method(model, method("adapter-p"))

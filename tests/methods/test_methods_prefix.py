@@ -331,9 +331,6 @@ def test_compiled_in_one_graph(family, name):
     torch.testing.assert_close(actual, expected)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
 def test_parameters_stay_float32_in_16_bit_models(name, dtype):

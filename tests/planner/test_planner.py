@@ -226,6 +226,7 @@ def test_each_change_is_as_small_as_it_can_be(planner):
     assert setups[3:] == [replace(SETUP, seq_len=16)]
 
 
+@pytest.mark.full
 def test_changes_are_combined_if_one_is_not_enough(planner):
     smallest = replace(SETUP, batch_size=1, gradient_checkpointing=True, accumulates=True, dtype="bfloat16")
     changes = changes_that_fit(planner, SETUP, planner.training(smallest).peak)

@@ -102,7 +102,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], dict[str
 def edit_config(directory: Path, **values: object) -> None:
     """Changes values of an adapter's config."""
     path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, ensure_ascii=False), encoding="utf-8")
 
 
 def merged_by_peft(adapted: peft.PeftModel) -> dict[str, Tensor]:
