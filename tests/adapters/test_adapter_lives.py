@@ -161,9 +161,10 @@ class Life(RuleBasedStateMachine):
         """Draws the name of an adapter, or occasionally an unknown one."""
         return data.draw(st.sampled_from([*self.deltas] * 3 + ["x"]))
 
-    def some(self, data: st.DataObject, often: Iterable[str] = ()) -> list[str]:
-        names = st.sampled_from([*often] * 6 + [*self.deltas] * 3 + ["x"])
-        return data.draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    def some(self, data: st.DataObject, allowed: Iterable[str]) -> list[str]:
+        """Draws names, mostly of those ``allowed``."""
+        names = [*allowed] * data.draw(st.sampled_from([1, 1, 1, 0])) or [*self.deltas, "x"]
+        return data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
 
     def attempt(self, what: str, change: Callable[[], object], error: type[Exception] | None) -> bool:
         """Tries a change; returns whether it was made. If not allowed, it must raise ``error`` and change no bit."""
@@ -191,21 +192,21 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def switch(self, data: st.DataObject) -> None:
-        names = self.some(data)
+        names = self.some(data, self.deltas)
         error = KeyError if {*names} - self.deltas.keys() else None
         if self.attempt("set_adapter", lambda: set_adapter(self.model, names), error):
             self.active = tuple(names)
 
     @rule(data=st.data())
     def merge(self, data: st.DataObject) -> None:
-        names = self.some(data)
+        names = self.some(data, [name for name in self.deltas if name not in self.merged])
         error = KeyError if {*names} - self.deltas.keys() else RuntimeError if {*names} & self.merged.keys() else None
         if self.attempt("merge", lambda: merge(self.model, names), error):
             self.merged |= {name: self.deltas[name] for name in names}
 
     @rule(data=st.data())
     def unmerge(self, data: st.DataObject) -> None:
-        names = self.some(data, often=self.merged)
+        names = self.some(data, self.merged)
         if self.merged and data.draw(st.booleans()):
             unmerge(self.model)
             self.merged.clear()
@@ -218,7 +219,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def train(self, data: st.DataObject) -> None:
         """Changes an adapter's values; merged weights keep the old values."""
-        name = data.draw(st.sampled_from([*self.deltas]))
+        name = data.draw(st.sampled_from([*(self.merged or self.deltas)]))
         with torch.no_grad():
             for _, layer in lora_modules(self.model):
                 if name in layer.adapters:

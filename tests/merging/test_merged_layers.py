@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.merged_models import (
     NAMES,
-    add_adapter,
     all_same,
     assert_restores,
     hard_layer,
@@ -50,6 +49,7 @@ def test_several_adapters_are_rounded_once(dtype):
     assert same_bits(layer.weight, merged(pristine, [(x.lora_A, x.lora_B, x.scaling) for x in chosen]))
 
 
+@pytest.mark.full
 @settings(max_examples=80, deadline=None)
 @given(
     dtypes=st.lists(st.sampled_from(FLOATING), min_size=1, max_size=3),
@@ -84,28 +84,6 @@ def test_any_order_of_merges_and_unmerges(dtypes, actions, exponents, seed):
             assert same_bits(layer.weight, expected.weight)
             assert layer.merge_record_bytes == expected.merge_record_bytes
     assert_restores(model, weights(pristine))
-
-
-def test_adapters_count_with_the_values_and_ranks_of_their_merge():
-    """Also if they are trained, removed or replaced while merged."""
-    layer = hard_layer(torch.float32)
-    pristine = copy.deepcopy(layer)
-    layer.merge("a", "b", "c")
-    with torch.no_grad():
-        for adapter in layer.adapters.values():
-            adapter.lora_A.mul_(-3.0), adapter.lora_B.add_(1.0)
-            adapter.scaling *= 7.0
-    del layer.adapters["a"], layer.adapters["b"]
-    add_adapter(layer, "b", 9, 1.0)
-    merge_of = copy.deepcopy(pristine)
-    merge_of.merge("b", "c")
-    layer.unmerge("a")
-    assert same_bits(layer.weight, merge_of.weight)
-    layer.unmerge()
-    assert same_bits(layer.weight, pristine.weight)
-    layer.merge("b")
-    now = layer.adapters["b"]
-    assert same_bits(layer.weight, merged(pristine.weight, [(now.lora_A, now.lora_B, now.scaling)]))
 
 
 @pytest.mark.parametrize("merge_inside", [True, False])

@@ -59,16 +59,6 @@ def test_several_adapters_in_any_order(safe_merge):
         layers[1].unmerge()
 
 
-def test_forward_while_disabled_unmerges_as_in_peft():
-    _, ours = linear_pair({})
-    before, x = weights(ours), torch.randn(3, 24).bfloat16()
-    expected = ours.base_model.model[0].base_layer(x)
-    ours.merge_adapter()
-    with ours.disable_adapter():
-        assert torch.equal(ours(x), expected)
-    assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
-
-
 def live_records() -> set[int]:
     gc.collect()
     return {id(entry) for entry in gc.get_objects() if isinstance(entry, MergeRecord)}

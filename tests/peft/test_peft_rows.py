@@ -1,15 +1,16 @@
-"""PEFT's mixed batches (``adapter_names``) and aLoRA on our ops: its numbers, the calls of the op, its refusals."""
+"""PEFT's mixed batches (``adapter_names``) and aLoRA on our ops: its numbers, the calls of the op.
+
+``make peft-conformance`` has PEFT's refusals, and batches of models with disabled adapters or DoRA.
+"""
 
 from __future__ import annotations
-
-import copy
 
 import peft
 import pytest
 import torch
 from support.groups import watch_calls
 from support.models import logits, token_ids
-from support.peft_pairs import alora_prompts, assert_same_step, config, mlp_pair, model_pair
+from support.peft_pairs import alora_prompts, assert_same_step, config, model_pair
 from torch import Tensor, nn
 
 from lora_ext.integrations.peft import accelerate, restore
@@ -45,35 +46,6 @@ def test_the_same_numbers(name, options, rows_added):
     assert_same_step(theirs, ours, lambda model: model(input_ids=ids, adapter_names=NAMES).logits)
     assert rows_added and set(rows_added) <= {2, 3}  # one call for each layer
     torch.testing.assert_close(logits(restore(ours), ids), logits(theirs, ids))
-
-
-def test_variants_and_disabled_adapters_stay_pefts():
-    theirs, ours = mlp_pair({}, {"r": 3}, {"r": 2})
-    x = torch.randn(5, 12)
-    for model in (theirs, ours):
-        model.add_adapter("dora", config(target_modules=["0"], use_dora=True))
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
-        copy.deepcopy(ours)(x, adapter_names=["dora"] * 5)  # PEFT leaves its hooks behind
-    torch.testing.assert_close(ours(x, adapter_names=NAMES), theirs(x, adapter_names=NAMES))
-    with ours.disable_adapter(), theirs.disable_adapter():
-        assert torch.equal(ours(x, adapter_names=NAMES), theirs(x, adapter_names=NAMES))
-
-
-def test_pefts_refusals():
-    _, ours = mlp_pair({}, {"r": 3}, {"r": 2})
-    x = torch.randn(5, 12)
-    with pytest.raises(ValueError, match="Trying to infer with non-existing adapter"):
-        ours(x, adapter_names=["x"] * 5)
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
-        ours(x, adapter_names=NAMES[1:])
-    ours.train()
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
-        ours(x, adapter_names=NAMES)
-    ours.eval().merge_adapter(["1"])
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
-        ours(x, adapter_names=NAMES)
-    ours.unmerge_adapter()
-    assert ours(x, adapter_names=NAMES).isfinite().all()
 
 
 # --- aLoRA ------------------------------------------------------------------------------------------------------------
