@@ -108,18 +108,13 @@ def tiny_demo(monkeypatch, tmp_path_factory):
 
 
 def test_finetune(run, tiny_demo, capsys):
+    """tests/ops/test_memory_claims.py compares activations with PEFT's, tests/peft/test_trainers.py losses."""
     options = ("--steps", "4", "--most-steps", "4", "--evaluate-every", "2", "--accuracy", "1.01")
     result = run("bench_finetune", *TINY, *options)
     rows = result["rows"]
     assert [row["contestant"] for row in rows] == 8 * ["head only", "frozen", "lora_ext", "peft", "peft accelerated"]
     assert all(row["peak_bytes"] >= row["activation_bytes"] for row in rows)
-    for i in range(0, len(rows), 5):
-        _, frozen, ours, theirs, accelerated = (row["activation_bytes"] for row in rows[i : i + 5])
-        assert frozen < ours < theirs and accelerated == ours
-    # The same curve up to rounding.
-    ours, theirs = (torch.tensor(result["losses"][name]) for name in ("lora_ext", "peft"))
-    assert len(ours) == 4 and len(set(result["losses"]["peft"])) == 4
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert all(len(set(losses)) == 4 for losses in result["losses"].values())
     assert "NOT reached in 4 steps" in capsys.readouterr().out
     assert all(entry["steps"] == 4 and not entry["reached"] for entry in result["accuracy"].values())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import EVERY_LAYER, EveryLayer, peft_adapter
-from support.models import Net, adapter_of_net
+from support.models import Net, adapter_of_net, snapshot
 
 from lora_ext import load_adapter
 from lora_ext.files import adapter_file
@@ -61,10 +61,6 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_no_reader_finds_the_weights_of_another_save(tmp_path, monkeypatch):
     """The config is read first, and is another one when the weights have been replaced."""
     adapter_of_net(tmp_path)
@@ -81,7 +77,7 @@ def test_no_reader_finds_the_weights_of_another_save(tmp_path, monkeypatch):
 def test_links_of_the_user_are_followed_or_replaced(tmp_path):
     """Covers a linked directory, linked files as in the hub's cache, and ``link/..``."""
     adapter_of_net(tmp_path / "blobs")
-    kept, real = contents(tmp_path / "blobs"), tmp_path / "elsewhere" / "real"
+    kept, real = snapshot(tmp_path / "blobs"), tmp_path / "elsewhere" / "real"
     real.mkdir(parents=True)
     (tmp_path / "link").symlink_to("elsewhere/real")
     for name in kept:
@@ -89,6 +85,6 @@ def test_links_of_the_user_are_followed_or_replaced(tmp_path):
     adapter_of_net(tmp_path / "link", lora_alpha=5)
     assert not any(path.is_symlink() for path in real.iterdir())
     assert load_adapter(Net(), real).blocks[0].up.adapters["default"].lora_alpha == 5
-    assert contents(tmp_path / "blobs") == kept
+    assert snapshot(tmp_path / "blobs") == kept
     adapter_of_net(tmp_path / "link" / ".." / "saved")
     assert (tmp_path / "elsewhere" / "saved" / "adapter_config.json").exists()

@@ -103,16 +103,13 @@ def test_an_unfrozen_model_is_noticed_through_wrappers(wrap, tmp_path):
 
 def test_what_the_file_holds_is_not_named(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"], bias="all")
-    model = inject(llama(), config)
-    inject(model, LoraConfig(r=2, target_modules=["v_proj"]), "other")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_adapter(model, tmp_path / "a", "default")
-        save_adapter(model, tmp_path / "b", "other")
+    two = inject(inject(llama(), config), LoraConfig(r=2, target_modules=["v_proj"]), "other")
     model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.get_input_embeddings().requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        save_adapter(two, tmp_path / "a", "default")
+        save_adapter(two, tmp_path / "b", "other")
         save_adapter(model, tmp_path / "d", save_embedding_layers=True)
         again = load_adapter(llama(), tmp_path / "d", trainable=True)
         again.get_input_embeddings().requires_grad_(True)  # came with the adapter, and is saved with it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -30,16 +31,13 @@ def by_method(name: str, **options) -> Adapt:
     return lambda base: apply_method(copy.deepcopy(base), new_method(name, **options))
 
 
-def tied() -> nn.Module:
-    return llama(tied=True)
-
-
+TIED = functools.partial(llama, tied=True)
 CLASSIFIES = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
 CASES: dict[str, tuple[Callable[[], nn.Module], Adapt]] = {
     "head": (bert, by_lora(**CLASSIFIES)),
     "biases": (bert, by_lora(**CLASSIFIES, bias="all")),
-    "tied": (tied, by_lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
-    "tied tokens": (tied, by_lora(target_modules=["q_proj"], trainable_token_indices=[3, 1])),
+    "tied": (TIED, by_lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "tied tokens": (TIED, by_lora(target_modules=["q_proj"], trainable_token_indices=[3, 1])),
     "adapter-h": (bert, by_method("adapter-h")),
     "lora+prefix-embed": (bert, by_method("lora+prefix-embed", target_modules=["query"])),
     "bitfit": (bert, by_method("bitfit")),

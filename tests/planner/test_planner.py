@@ -25,12 +25,13 @@ from harness import memory
 
 BATCH, LENGTH, LAYERS = 4, 24, 3
 _SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
+_COMMON = {"vocab_size": VOCABULARY, "use_cache": False, "pad_token_id": 0}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = {
-    "bert": BertConfig(vocab_size=VOCABULARY, num_labels=3, **_SIZES),
-    "bert without dropout": BertConfig(vocab_size=VOCABULARY, num_labels=3, **_SIZES, **_NO_DROPOUT),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=LAYERS, n_head=4),
-    "llama": LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **_SIZES),
+    "bert": BertConfig(num_labels=3, **_COMMON, **_SIZES),
+    "bert without dropout": BertConfig(num_labels=3, **_COMMON, **_SIZES, **_NO_DROPOUT),
+    "gpt2": GPT2Config(n_positions=64, n_embd=32, n_layer=LAYERS, n_head=4, **_COMMON),
+    "llama": LlamaConfig(num_key_value_heads=2, **_COMMON, **_SIZES),
 }
 OPTIONS = {
     "lora": {"lora_r": 4, "lora_targets": "all-linear", "lora_dropout": 0.1},
@@ -47,21 +48,17 @@ PAIRS = [
 
 
 def planner_for(family: str, method: str, device: str = "cpu") -> Planner:
-    config = copy.deepcopy(CONFIGS[family])
-    config.use_cache, config.pad_token_id = False, 0
     options = [f"--{name}={value}" for name, value in OPTIONS.get(method, {}).items()]
     task = "classification" if "bert" in family else "causal-lm"
     common = ["--task", task, "--method", method, "--attention", "sdpa", "--device", device]
-    return planner_of(config, method, parse([*common, *options]))
+    return planner_of(copy.deepcopy(CONFIGS[family]), method, parse([*common, *options]))
 
 
 def real_model(family: str, method: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     auto = AutoModelForSequenceClassification if "bert" in family else AutoModelForCausalLM
-    config = copy.deepcopy(CONFIGS[family])
-    config.use_cache, config.pad_token_id = False, 0
     fields = {"lora_r": "r", "lora_targets": "target_modules"}
     options = {fields.get(name, name): value for name, value in OPTIONS.get(method, {}).items()}
-    model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = auto.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype, attn_implementation="sdpa")
     return apply_method(model, new_method(method, **options)).train()
 
 
