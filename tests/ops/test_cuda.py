@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.layers import DTYPES, relative_error
+from support.layers import of_dtypes, relative_error
 from support.op_table import (
     OPS,
     Dtypes,
@@ -60,9 +60,6 @@ def of_sizes(*sizes: tuple) -> pytest.MarkDecorator:
             make = partial(grouped, **dict(zip(("tokens", "features", "entries"), size, strict=True)), ranks=True)
         found.append(pytest.param(name, make, id=str(size)))
     return pytest.mark.parametrize(("name", "make"), found)
-
-
-of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 
 
 # Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_values.py.

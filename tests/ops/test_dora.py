@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.layers import DTYPES
+from support.layers import of_dtypes
 from support.op_table import DOUBLE, SIZES, Sample, linear
 
 from lora_ext import reference
@@ -21,7 +21,7 @@ def exact_norms(sample: Sample) -> torch.Tensor:
     return (exact["weight"] + exact["scaling"] * exact["lora_B"] @ exact["lora_A"]).norm(dim=1)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@of_dtypes
 @pytest.mark.parametrize("shape", SIZES)
 def test_norms(shape, dtypes):
     sample = linear(dtypes, size=shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import DTYPES, with_threads
+from support.layers import DTYPES, dtypes_id, of_dtypes, with_threads
 from support.op_table import (
     OPS,
     SEED,
@@ -40,7 +40,7 @@ def test_many_groups_and_wide_layers(num_tokens):
 @pytest.mark.pairs
 @of_delta
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@of_dtypes
 @pytest.mark.parametrize("rows", ["many", "few"])
 def test_rows_have_the_bits_of_lora_delta(rows, dtypes, dropout_p):
     """With the same seed, all rows have one mask: lora_delta_ gets all of x, and the group's rows are compared.
@@ -68,7 +68,7 @@ def test_rows_have_the_bits_of_lora_delta(rows, dtypes, dropout_p):
 
 
 @of_delta
-@pytest.mark.parametrize("dtypes", DTYPES[:5], ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("dtypes", DTYPES[:5], ids=dtypes_id)
 def test_gradients_of_factors_of_few_rows_have_the_bits_of_lora_delta(dtypes):
     sample = grouped(dtypes, tokens=90, features=(130, 70), entries=[8, 17, 3], groups=torch.arange(90) % 3)
     call, found = sample.call, OP.results(sample)

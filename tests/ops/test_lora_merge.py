@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import DTYPES
+from support.layers import of_dtypes
 from support.merging import FLOATING, bits, hard_weight, merged, packed_layers, same_bits, update_factors
 from support.op_table import linear
 from support.properties import given, settings, st
@@ -17,7 +17,7 @@ def dtype_id(value) -> str:
     return str(value).replace("torch.", "")
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@of_dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (17, 9, 17), (259, 2, 3)], ids=str)
 def test_is_the_definition_to_the_bit(shape, dtypes):
     in_features, out_features, rank = shape
@@ -28,7 +28,7 @@ def test_is_the_definition_to_the_bit(shape, dtypes):
     assert same_bits(weight, expected) and weight._version > version
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@of_dtypes
 @pytest.mark.parametrize("shape", [(64, 48, 17), (97, 131, 8), (513, 257, 33)], ids=str)
 def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
     call = linear(dtypes, size=(1, *shape)).call

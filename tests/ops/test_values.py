@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from support import op_table
-from support.layers import DTYPES, rounds_factors, with_threads
+from support.layers import DTYPES, of_dtypes, rounds_factors, with_threads
 from support.op_table import (
     DOUBLE,
     FLOAT,
@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 BFLOAT16 = (torch.bfloat16, torch.bfloat16)
 MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one

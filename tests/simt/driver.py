@@ -7,13 +7,14 @@ import functools
 import itertools
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from support import layers
+from support.op_table import OPS, Dtypes, Sample, assert_as_good_as_plain
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,6 +212,25 @@ class Emulated(TorchDispatchMode):
                 for host, device in changed:
                     host.copy_(library.download(device, argument.name))
         return pytree.tree_map_only(Tensor, lambda tensor: library.download(tensor, f"a result of {op}"), results)
+
+
+def check(
+    name: str,
+    make: Callable[[Dtypes], Sample],
+    dtypes: Dtypes,
+    dropout_p: float = 0.0,
+    names: Sequence[str] | None = None,
+    **gpu: Any,
+) -> Emulated:
+    """Compares an op of the table, and its backward, with plain PyTorch. Returns what ran it."""
+    with Emulated(**gpu) as emulated:
+        assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p, names=names)
+    return emulated
+
+
+def run(name: str, sample: Sample, names: Sequence[str] | None = None, **gpu: Any) -> dict[str, Tensor]:
+    with Emulated(**gpu):
+        return OPS[name].results(sample, names)
 
 
 def kernel_library(name: str, folder: Path = ROOT / "csrc/cuda", more: tuple[Path, ...] = ()) -> Library:

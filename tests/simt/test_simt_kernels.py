@@ -1,5 +1,5 @@
-"""Tests the CUDA kernels of layers on the CPU, through their bindings: errors at most as large as plain PyTorch's,
-every output written, no report of tests/simt, and the same bits in every order of threads.
+"""Tests the CUDA kernels on the CPU, through their bindings: errors at most as large as plain PyTorch's, every output
+written, no report of tests/simt, and the same bits in every order of threads.
 
 Layers of base outputs read what they add to; for those of weights, the binding adds the base product afterwards, except
 for few tokens, whose kernel reads the weights.
@@ -7,6 +7,7 @@ for few tokens, whose kernel reads the weights.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,11 @@ from functools import partial
 import pytest
 import torch
 from support import op_table
-from support.layers import DTYPES, misaligned
-from support.op_table import OPS, SEED, Dtypes, Sample, assert_as_good_as_plain, good_call, results, with_entry
+from support.layers import DTYPES, dtypes_id, misaligned
+from support.op_table import OPS, SEED, Dtypes, Sample, assert_bits, good_call, with_entry
 from torch import Tensor
 
-from simt.driver import FEW_SMS, SMS, Emulated
+from simt.driver import FEW_SMS, SMS, Emulated, check, run
 
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
@@ -26,38 +27,19 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 PAIRS = [pair for pair in DTYPES if pair[0].itemsize == 2]  # of x and of the factors
 MAIN, DEFAULT = [(BF16, BF16), (F16, F16)], (BF16, F32)
 OF_WEIGHTS, OF_BASES = "lora_linear_siblings", "lora_delta_siblings"
+# The other ops call the kernels of these.
+HAVE_KERNELS = (OF_WEIGHTS, OF_BASES, "lora_grouped_", "lora_shrink", "lora_expand")
 with_pairs = pytest.mark.pairs
 each_count = pytest.mark.parametrize("count", [1, 3])
-each_form = pytest.mark.parametrize("name", [OF_WEIGHTS, OF_BASES])
+main_dtypes = pytest.mark.parametrize("dtypes", MAIN, ids=dtypes_id)
+all_dtypes = pytest.mark.parametrize("dtypes", [*MAIN, DEFAULT], ids=dtypes_id)
 
 
-def dtype_name(value) -> str | None:
-    return f"{value[0]}-{value[1]}".replace("torch.", "") if isinstance(value, tuple) else None
-
-
-main_dtypes = pytest.mark.parametrize("dtypes", MAIN, ids=dtype_name)
-all_dtypes = pytest.mark.parametrize("dtypes", [*MAIN, DEFAULT], ids=dtype_name)
-
-
-def check(name: str, make: Callable[[Dtypes], Sample], dtypes: Dtypes, dropout_p=0.0, names=None, **gpu) -> Emulated:
-    """Compares an op of the table, and its backward, with plain PyTorch. Returns what ran it."""
-    with Emulated(**gpu) as emulated:
-        assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p, names=names)
-    return emulated
-
-
-def run(name: str, sample: Sample, names=None, **gpu) -> dict[str, Tensor]:
-    with Emulated(**gpu):
-        leaves = OPS[name].leaves(sample)
-        return results(OPS[name].run, sample, [leaf for leaf in leaves if names is None or leaf[0] in names])
-
-
-def layers(count: int, shape, name: str = OF_BASES) -> Callable[[Dtypes], Sample]:
+def layers(count: int, shape) -> Callable[[Dtypes], Sample]:
     """Returns a maker of layers: one of (num_tokens, in_features, out_features, rank), a smaller and a larger one."""
     num_tokens, in_features, out_features, rank = shape
     sizes = [(out_features, rank), (out_features // 2 + 1, rank // 2 + 1), (out_features + 9, rank + 3)]
-    make = op_table.siblings if name == OF_WEIGHTS else op_table.delta_siblings
-    return partial(make, size=((num_tokens, in_features), sizes[:count]))
+    return partial(op_table.delta_siblings, size=((num_tokens, in_features), sizes[:count]))
 
 
 def changed(make: Callable[[Dtypes], Sample], change: Callable[[Tensor], Tensor], names: tuple[str, ...] = ("x",)):
@@ -75,9 +57,25 @@ def changed(make: Callable[[Dtypes], Sample], change: Callable[[Tensor], Tensor]
 
 
 @with_pairs
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@main_dtypes
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        (name, sample)
+        for name in HAVE_KERNELS
+        for sample in OPS[name].samples
+        if not sample.endswith(("1, 1)", "1, 1))", "1, 1)))", "hundreds of groups"))  # take seconds
+    ],
+)
+def test_values_and_gradients(name, sample, dtypes, dropout_p):
+    check(name, OPS[name].samples[sample], dtypes, dropout_p)
+
+
+@with_pairs
 @each_count
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100, 129])
-@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtypes_id)
 def test_dtypes_and_ranks(dtypes, rank, count):
     """Odd ranks with dropout, even ones without."""
     check(OF_BASES, layers(count, (21, 72, 40, rank)), dtypes, 0.3 * (rank % 2))
@@ -90,38 +88,20 @@ def test_as_many_layers_as_a_call_takes(rank, dtypes):
     check(OF_BASES, partial(op_table.delta_siblings, size=((21, 520), sizes)), dtypes, 0.1)
 
 
-@with_pairs
-@each_form
-@each_count
-@pytest.mark.parametrize(
-    ("shape", "dropout_p"),
-    [
-        ((1, 64, 48, 8), 0.3),  # one row
-        ((1, 515, 257, 5), 0.0),
-        ((7, 5, 3, 2), 0.3),  # less than a vector in every direction
-        ((65, 63, 130, 16), 0.5),  # one more or less than a tile
-        ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
-        ((33, 64, 64, 16), 0.0),
-        ((9, 70, 33, 4), 2.0**-16),  # the smallest threshold
-    ],
-    ids=str,
-)
-@main_dtypes
-def test_shapes_with_tails(dtypes, shape, dropout_p, count, name):
-    check(name, layers(count, shape, name), dtypes, dropout_p)
-
-
 @pytest.mark.parametrize(
     ("shape", "dropout_p"),
     [
         ((150, 424, 296, 20), 0.1),  # several tiles in every direction
         ((5, 1800, 1300, 16), 0.1),  # few tokens: the sums over features are split
         ((600, 40, 24, 4), 0.0),  # many tokens: the sums over tokens are split
+        ((65, 63, 130, 16), 0.5),  # one more or less than a tile
+        ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
+        ((9, 70, 33, 4), 2.0**-16),  # the smallest threshold
     ],
     ids=str,
 )
 @all_dtypes
-def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
+def test_more_shapes(dtypes, shape, dropout_p):
     check(OF_BASES, layers(1, shape), dtypes, dropout_p)
 
 
@@ -137,7 +117,7 @@ def test_pipelines_go_round(dtypes, rank, is_aligned):
 
 @pytest.mark.parametrize("in_features", [840, 71], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("rank", [8, 20, 40, 130])
-@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtype_name)
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtypes_id)
 def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_features):
     """The results are those of factors that were rounded before, halfway cases included, to the bit."""
     sample = layers(2, (37, in_features, 136, rank))(dtypes).with_dropout(0.1)
@@ -152,7 +132,7 @@ def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_
         assert torch.equal(found[name].to(expected.dtype), expected), name
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if "grouped" not in name])
+@pytest.mark.parametrize("name", OPS)
 @main_dtypes
 def test_sizes_of_zero(dtypes, name):
     """Empty tensors have null addresses, as in torch; kernels decide nothing by them."""
@@ -180,61 +160,55 @@ def test_x_and_grad_y_of_any_strides(dtypes, view):
     check("lora_delta_", changed(make, lambda tensor: view(torch.randn(80, 88).to(tensor.dtype))), dtypes, 0.3)
 
 
-@with_pairs
-@each_count
 @all_dtypes
-@pytest.mark.parametrize(
-    "names",
-    [("x",), ("lora_As",), ("lora_Bs",), ("x", "lora_As"), ("x", "lora_Bs"), ("lora_As", "lora_Bs")],
-    ids=lambda names: " ".join(names).replace("lora_", ""),
-)
-def test_only_wanted_gradients(names, dtypes, count):
+@pytest.mark.parametrize("name", HAVE_KERNELS)
+def test_only_wanted_gradients(name, dtypes):
     """Arguments that only unwanted gradients read are null."""
-    check(OF_WEIGHTS, layers(count, (37, 80, 50, 6), OF_WEIGHTS), dtypes, 0.3, names)
+    make = OPS[name].samples["a prompt each"] if "grouped" in name else list(OPS[name].samples.values())[5]
+    wanted = [trained for trained in OPS[name].trained if trained not in ("y", "bases", "base", "bias")]
+    for names in itertools.chain(*(itertools.combinations(wanted, n) for n in (1, 2))):
+        check(name, make, dtypes, 0.3, names)
+
+
+IN_EVERY_ORDER: dict[str, tuple[str, Callable[[Dtypes], Sample]]] = {
+    "three layers": (OF_BASES, layers(3, (70, 264, 136, 20))),
+    "few rows of many": (OF_BASES, layers(1, (3, 900, 130, 5))),
+    "many tokens": (OF_BASES, layers(1, (300, 24, 16, 17))),
+    "few tokens": (OF_WEIGHTS, partial(op_table.siblings, size=((5, 600), [(40, 8), (70, 3)]))),
+} | {
+    f"{n} rows of groups": (
+        "lora_grouped_",
+        partial(
+            op_table.grouped, tokens=n, features=(140, 70), entries=[8, (2, 3)], groups=(torch.arange(n) > 514) * 2
+        ),
+    )
+    for n in (20, 530)
+}
 
 
 @with_pairs
 @pytest.mark.parametrize("sms", [SMS, FEW_SMS])
-@pytest.mark.parametrize(
-    ("shape", "count"), [((70, 264, 136, 20), 3), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str
-)
+@pytest.mark.parametrize("what", IN_EVERY_ORDER)
 @main_dtypes
-def test_same_bits_in_every_order_of_threads(dtypes, shape, count, sms):
-    sample = layers(count, shape)(dtypes).with_dropout(0.1)
-    first = run(OF_BASES, sample, sms=sms)
+def test_same_bits_in_every_order_of_threads(dtypes, what, sms):
+    name, make = IN_EVERY_ORDER[what]
+    sample = make(dtypes).with_dropout(0.1)
+    first = run(name, sample, sms=sms)
     for schedule in (1, 2):
-        op_table.assert_bits(run(OF_BASES, sample, sms=sms, schedule=schedule), first)
+        assert_bits(run(name, sample, sms=sms, schedule=schedule), first)
 
 
 @with_pairs
-@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("dtypes", PAIRS, ids=dtype_name)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=dtypes_id)
 @pytest.mark.parametrize(
     "shape", [(1, 64, 8), (7, 5, 3), (33, 130, 17), (70, 515, 8), (40, 257, 100), (20, 136, 40)], ids=str
 )
 @pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
-def test_shrink_and_expand_alone(name, shape, dtypes, is_aligned):
+def test_shrink_and_expand_of_misaligned_tensors(name, shape, dtypes):
     """They add to tensors that they do not write."""
     tokens, features, rank = shape
     make = partial(getattr(op_table, name.removeprefix("lora_")), size=(tokens, features, features, rank))
-    if not is_aligned:
-        make = changed(make, misaligned if name == "lora_shrink" else offset, ("x", "base", "bias"))
-    check(name, make, dtypes)
-
-
-@main_dtypes
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand"])
-def test_only_wanted_gradients_of_shrink_and_expand(name, dtypes):
-    """The others do not change, to the bit; those of an expand, which another kernel computes, up to rounding."""
-    sample = getattr(op_table, name.removeprefix("lora_"))(dtypes, size=(33, 130, 130, 17))
-    every = run(name, sample)
-    for wanted in OPS[name].trained:
-        found = run(name, sample, (wanted,))
-        expected = {key: every[key] for key in found}
-        if name == "lora_shrink":
-            op_table.assert_bits(found, expected)
-        else:
-            torch.testing.assert_close(found, expected)
+    check(name, changed(make, misaligned if name == "lora_shrink" else offset, ("x", "base", "bias")), dtypes)
 
 
 def offset(tensor: Tensor) -> Tensor:
@@ -286,7 +260,7 @@ def test_few_tokens(dtypes, tokens, in_features, dropout_p, sizes):
         with gpu:
             sample = make(dtypes)
             rounded = sample.as_read(dtypes[0])
-        op_table.assert_bits(run(OF_WEIGHTS, sample, ()), run(OF_WEIGHTS, rounded, ()))
+        assert_bits(run(OF_WEIGHTS, sample, ()), run(OF_WEIGHTS, rounded, ()))
 
 
 @main_dtypes
@@ -305,14 +279,6 @@ def test_weights_and_x_with_gaps_between_rows(tokens):
 
     make = changed(partial(op_table.linear, size=(tokens, 72, 40, 8)), with_gaps, ("x", "weight"))
     assert last_launch(check("lora_linear", make, (BF16, BF16))).kernel == "few_tokens"
-
-
-@pytest.mark.parametrize("sms", [SMS, FEW_SMS])
-def test_same_bits_of_few_tokens_in_every_order_of_threads(sms):
-    sample = op_table.siblings((BF16, BF16), size=((5, 600), [(40, 8), (70, 3)])).with_dropout(0.1)
-    first = run(OF_WEIGHTS, sample, (), sms=sms)
-    for schedule in (1, 2):
-        op_table.assert_bits(run(OF_WEIGHTS, sample, (), sms=sms, schedule=schedule), first)
 
 
 @pytest.mark.parametrize(

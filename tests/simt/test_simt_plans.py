@@ -10,8 +10,7 @@ import torch
 from support import op_table
 
 from lora_ext import _load
-from simt.driver import FEW_SMS, SMS, planned
-from simt.test_simt_kernels import OF_BASES, check
+from simt.driver import FEW_SMS, SMS, check, planned
 
 pytestmark = [pytest.mark.cpu_only("plans of the CUDA kernels, made on the CPU"), pytest.mark.full]
 
@@ -154,7 +153,7 @@ def test_impossible_plans_are_refused(arguments, message):
 def test_the_kernels_are_launched_as_planned(dtypes, layers, sms):
     tokens, in_features = 150, 840
     make = functools.partial(op_table.delta_siblings, size=((tokens, in_features), layers))
-    gpu = check(OF_BASES, make, dtypes, 0.1, sms=sms)
+    gpu = check("lora_delta_siblings", make, dtypes, 0.1, sms=sms)
     dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     for (_, launches), plan in zip(gpu.calls, (plan_forward, plan_backward), strict=True):
         planned_for = plan(tokens, in_features, layers, dtype=dtype, factor_dtype=factor_dtype, sms=sms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,13 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
     (torch.float64, torch.float32),
 ]
+
+
+def dtypes_id(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    return f"{dtypes[0]}-{dtypes[1]}".replace("torch.", "")
+
+
+of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
