@@ -112,6 +112,7 @@ def test_compiled_whole_for_any_number_of_tokens(op, trains, backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.full
 def test_dropout_compiled_by_inductor_is_determined_by_the_seed():
     """Inductor draws from its own generator: the mask differs from eager's."""
     sample = OPS["lora_linear"].small()

@@ -38,7 +38,8 @@ each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 BFLOAT16 = (torch.bfloat16, torch.bfloat16)
 MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one
-SOMETIMES = ("lora_delta_", "lora_linear_siblings", "lora_delta_siblings", "bottleneck")  # not in make test-quick
+# Not in make test-quick: the ops, and the samples of any op.
+SOMETIMES = ("lora_delta_", "lora_linear_siblings", "lora_delta_siblings", "bottleneck", "hundreds of groups")
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def amid_nan(sample: Sample) -> Sample:
 @pytest.mark.parametrize(
     ("name", "sample"),
     [
-        pytest.param(name, sample, marks=[pytest.mark.full] * (name in SOMETIMES))
+        pytest.param(name, sample, marks=[pytest.mark.full] * (name in SOMETIMES or sample in SOMETIMES))
         for name, op in OPS.items()
         for sample in op.samples
     ],

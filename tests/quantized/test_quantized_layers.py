@@ -106,6 +106,7 @@ def test_output_and_gradients(format, dtype):
         torch.testing.assert_close(model(x), model.down.base_layer(torch.tanh(model.up.base_layer(x))))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
 def test_compilation(format):
     model, base, x = inject(net(format), CONFIG), net(format), torch.randn(6, 64)
