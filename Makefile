@@ -144,7 +144,7 @@ format: $(VENV)/.lint
 docs: $(VENV)/.docs
 	rm -rf build/docs && mkdir -p build/docs
 	git ls-files -z '*.md' LICENSE docs examples benchmarks scripts | xargs -0 cp --parents --target-directory build/docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 build: $(VENV)/.built
 

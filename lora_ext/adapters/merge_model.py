@@ -148,8 +148,9 @@ def merge_and_unload(
     Quantised weights stay so, as by :func:`merge`; Transformers' ``model.dequantize()`` makes a plain model before.
 
     Raises:
-        The errors of :func:`merge`, except that adapters may be merged already; also RuntimeError: the model has an
-        :class:`~lora_ext.AdapterPool`. The model is then unchanged.
+        RuntimeError: the model has an :class:`~lora_ext.AdapterPool`.
+
+    Also the errors of :func:`merge`, except that adapters may be merged already. The model is then unchanged.
     """
     return _merge("merge_and_unload", model, adapter_names, calibration, rounding, seed, unloads=True)
 

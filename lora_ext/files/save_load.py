@@ -161,7 +161,8 @@ def load_adapter(
             replace (the message lists what), before memory is allocated for the adapter; or a further adapter is
             ``trainable`` without ``activate``: an adapter trains while it is active.
         RuntimeError: an adapter is merged.
-        Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
+
+    Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
     """
     load_opened(model, AdapterFile.open(directory, caller="load_adapter"), trainable, adapter_name, activate)
     if not trainable:

@@ -127,7 +127,8 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     Raises:
         FileNotFoundError: a file is missing; the message names it.
         ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model.
-        Also the errors of :func:`apply_method`. After an error the model is unchanged.
+
+    Also the errors of :func:`apply_method`. After an error the model is unchanged.
     """
     saved = _read(Path(directory))
     with with_pooling(model, saved.pooling, "load_method"):
