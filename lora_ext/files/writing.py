@@ -97,8 +97,8 @@ def _staging(path: Path, beside: Path, caller: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # it is not empty
-            for parent in made:
+        for parent in made:
+            with suppress(OSError):  # it is not empty, or could not be made
                 parent.rmdir()
 
 
