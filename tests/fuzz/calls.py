@@ -17,6 +17,7 @@ from support.layers import DTYPES
 from support.merging import FLOATING
 from support.op_table import (
     HAVE_KERNELS,
+    LAYOUTS,
     OF_BASES,
     OPS,
     REGISTERED,
@@ -33,8 +34,7 @@ from lora_ext import functional
 from lora_ext._ops.checks import accumulation_dtype
 
 from . import planted
-from .cases import WrongResult
-from .compare import check_formula, check_merge, check_seed, lacks_memory, same_bits, tensors_in
+from .compare import WrongResult, check_formula, check_merge, check_seed, lacks_memory, same_bits, tensors_in
 
 T = TypeVar("T")
 Arguments = dict[str, Any]
@@ -276,19 +276,10 @@ def _merge_one(choices: Choices, function: str, run: Callable) -> Call:
 
 # --- other forms of an argument ---------------------------------------------------------------------------------------
 
-# Views and copies with the same values.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    "outermost last": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "gaps between rows": lambda t: torch.cat([t, t.new_full((*t.shape[:-1], 3), 77)], -1)[..., : t.shape[-1]],
-    "every other column": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "unaligned": lambda t: torch.cat([t.new_full((1,), 77), t.flatten()])[1:].view(t.shape),
-    "the middle of a storage": lambda t: torch.cat([t[:1], t, t[:1]])[1:-1],
-}
 # The layouts that an op accepts of a tensor it changes: y must be contiguous; a weight to merge into may have gaps
 # between its rows.
 IN_PLACE = {name: LAYOUTS[name] for name in ("unaligned", "the middle of a storage")}
-MERGED = IN_PLACE | {"gaps between rows": LAYOUTS["gaps between rows"]}
+MERGED = IN_PLACE | {"apart": LAYOUTS["apart"]}
 
 
 def _with_one(tensor: Tensor, value: float) -> Tensor:

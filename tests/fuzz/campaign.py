@@ -21,7 +21,7 @@ import hypothesis
 from hypothesis import strategies as st
 from support.processes import Forked
 
-from .cases import Finding, Outcome
+from .judge import Finding, Outcome
 from .worker import is_sanitized
 
 _TESTS = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import WrongResult
+from .compare import WrongResult
 
 PREFIX = "lora_ext_planted."
 

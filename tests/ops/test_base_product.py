@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support import layers
 from support.layers import with_threads
-from support.op_table import OPS, SEED, linear, siblings
+from support.op_table import OPS, SEED, apart, every_second, linear, siblings
 from torch import Tensor
 
 from lora_ext import _load, functional, reference
@@ -130,15 +130,9 @@ def test_tensors_of_any_strides(dtype, sizes):
         y = functional.lora_linear(**call | {"x": leaf, "weight": weight})
         return y, *torch.autograd.grad(y, leaf, grad_y)
 
-    def apart(matrix: Tensor) -> Tensor:
-        wide = torch.full((matrix.shape[0], 2 * matrix.shape[1] + 5), float("nan"), dtype=dtype)
-        wide[:, 3 : 3 + matrix.shape[1]] = matrix
-        return wide[:, 3 : 3 + matrix.shape[1]]
-
     weight = call["weight"]
     expected = output_and_gradient(followed[0], weight, followed[1])
-    every_second = torch.stack([weight, torch.full_like(weight, torch.nan)], -1)[..., 0]
-    for other in (apart(weight), weight.T.contiguous().T, every_second):
+    for other in (apart(weight), weight.T.contiguous().T, every_second(weight)):
         x, grad = apart(call["x"]), apart(grad_y)
         found = output_and_gradient(x, other, grad)
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.layers import with_threads
-from support.op_table import SEED, linear
+from support.op_table import SEED, grouped, linear
 from support.processes import run_forked
 from torch.profiler import ProfilerActivity, profile
 
@@ -11,7 +11,7 @@ from lora_ext import functional, reference
 from lora_ext._ops import plain
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 100), (40, 384), (5, 1000), (4097, 65)], ids=str)
 @pytest.mark.parametrize("dropout_p", [2**-16, 0.1, 0.5, 1 - 2**-16])
 def test_mask_is_the_reference_mask(shape, dropout_p):
     seed = torch.randint(2**63 - 1, ())
@@ -19,8 +19,10 @@ def test_mask_is_the_reference_mask(shape, dropout_p):
     assert torch.equal(reference.unpack_mask(mask, shape[1]), reference.dropout_keep(int(seed), *shape, dropout_p))
 
 
-def test_mask_does_not_depend_on_threads_dtype_or_strides():
+def test_mask_does_not_depend_on_op_threads_dtype_or_strides():
     expected = reference.dropout_keep(int(SEED), 200, 130, 0.3)
+    _, mask = torch.ops.lora_ext.lora_grouped_(**grouped(tokens=200, features=(130, 12)).with_dropout(0.3).call)
+    assert torch.equal(reference.unpack_mask(mask, 130), expected)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         call = linear((dtype, dtype), size=(200, 130, 12, 4)).call | {"dropout_p": 0.3, "seed": SEED}
         for x in (call["x"], call["x"].T.contiguous().T):

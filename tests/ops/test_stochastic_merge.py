@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.merging import hard_weight, same_bits, update_factors, updates
+from support.op_table import good_call
 from torch import Tensor
 
 from lora_ext import functional, reference
@@ -132,18 +133,7 @@ def test_refusals(dtype, seed, error, text):
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize(
-    "dtype, draws, text",
-    [
-        (torch.float32, ([1], [0]), r"weights\[0\] has dtype float32, want bfloat16 or float16"),
-        (torch.bfloat16, ([1, 2], [0]), "seeds has 2 entries and first_rows has 1, want 1 for 1 weights"),
-        (torch.bfloat16, ([], [0]), "seeds has 0 entries"),
-        (torch.bfloat16, ([1], [-1]), "first_rows is -1, want at least 0"),
-    ],
-)
-def test_ops_refuse_wrong_draws(dtype, draws, text):
-    layer = [torch.randn(4, 6).to(dtype)], [torch.randn(2, 6)], [torch.randn(4, 2)]
-    with pytest.raises(RuntimeError, match=text):
-        torch.ops.lora_ext.lora_merge_(*layer, *draws)
-    with pytest.raises(RuntimeError, match=text):
-        torch.ops.lora_ext.lora_unmerge_(*layer, [], [], *draws)
+def test_ops_refuse_draws_for_wide_weights():
+    call = good_call("lora_merge_ with draws", dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"weights\[0\] has dtype float32, want bfloat16 or float16"):
+        torch.ops.lora_ext.lora_merge_(**call)

@@ -6,7 +6,7 @@ memory which is read before it is written, or beside an argument, and results th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -17,6 +17,7 @@ from support.op_table import (
     DOUBLE,
     FLOAT,
     FUNCTIONS,
+    LAYOUTS,
     OPS,
     SEED,
     Op,
@@ -24,6 +25,7 @@ from support.op_table import (
     assert_as_good_as_plain,
     assert_bits,
     entry_of,
+    every_second,
     one_by_one,
     results,
     subsets,
@@ -197,22 +199,7 @@ def test_leading_dimensions(op, leading):
     torch.testing.assert_close(ours, results(op.plain, sample, leaves))
 
 
-def apart(tensor: Tensor) -> Tensor:
-    """Places the tensor in a larger one of NaN: there are gaps behind every dimension."""
-    wide = nn.functional.pad(tensor, (3, 5) * tensor.dim(), value=torch.nan)
-    return wide[(slice(3, -5),) * tensor.dim()]
-
-
-def every_second(tensor: Tensor) -> Tensor:
-    between = torch.nan if tensor.is_floating_point() else -7
-    return torch.stack([tensor, torch.full_like(tensor, between)], -1)[..., 0]
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "apart": apart,
-    "every other column": every_second,
-    "columns": lambda t: t.mT.contiguous().mT,
-    "last dimension outermost": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
+VIEWS = LAYOUTS | {
     "expanded": lambda t: t.nan_to_num()[:1].expand_as(t),  # NaN is what no row reads of its own factors
 }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import op_table
 from support.layers import DTYPES, dtypes_id, misaligned
-from support.op_table import OPS, SEED, Dtypes, Sample, assert_bits, good_call, with_entry
+from support.op_table import LAYOUTS, OPS, SEED, Dtypes, Sample, assert_bits, good_call, with_entry
 from torch import Tensor
 
 from simt.driver import FEW_SMS, SMS, Emulated, check, run
@@ -208,12 +208,11 @@ def test_shrink_and_expand_of_misaligned_tensors(name, shape, dtypes):
     """They add to tensors that they do not write."""
     tokens, features, rank = shape
     make = partial(getattr(op_table, name.removeprefix("lora_")), size=(tokens, features, features, rank))
-    check(name, changed(make, misaligned if name == "lora_shrink" else offset, ("x", "base", "bias")), dtypes)
-
-
-def offset(tensor: Tensor) -> Tensor:
-    """Copies a tensor to a contiguous one that is not aligned to 16 bytes."""
-    return torch.cat([tensor.new_empty(1), tensor.flatten()])[1:].view(tensor.shape)
+    check(
+        name,
+        changed(make, misaligned if name == "lora_shrink" else LAYOUTS["unaligned"], ("x", "base", "bias")),
+        dtypes,
+    )
 
 
 @pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])

@@ -50,6 +50,29 @@ def with_entry(call: dict[str, Any], name: str, i: int | None, entry: object) ->
     return call | {name: [*call[name][:i], entry, *call[name][i + 1 :]]}
 
 
+def every_second(tensor: Tensor) -> Tensor:
+    """Places the elements of the last dimension apart."""
+    between = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 77)
+    return torch.stack([tensor, between], -1)[..., 0]
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """Places the tensor in a larger one: there are gaps behind every dimension."""
+    wide = F.pad(tensor, (3, 5) * tensor.dim(), value=torch.nan if tensor.is_floating_point() else 77)
+    return wide[(slice(3, -5),) * tensor.dim()]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "apart": apart,
+    "every other column": every_second,
+    "columns": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "last dimension outermost": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
+    "unaligned": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
+    "the middle of a storage": lambda t: torch.cat([t[:1], t, t[:1]])[1:-1],
+}
+"""Views and copies with the same values; what lies between floating-point elements is NaN."""
+
+
 def label(name: str, i: int | None) -> str:
     """Returns the name of an argument in messages."""
     return name if i is None else f"{name}[{i}]"
@@ -567,8 +590,9 @@ HAVE_KERNELS = [
     for name in REGISTERED
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
 ]
-# The form of these ops for base layers that were called.
-OF_BASES = " of bases"
+# Forms of ops: merges that round stochastically, and those for base layers that were called.
+WITH_DRAWS, OF_BASES = " with draws", " of bases"
+HAVE_KERNELS += [f"{name}{WITH_DRAWS}" for name in HAVE_KERNELS if "merge" in name]
 HAVE_KERNELS += [
     f"{name}{OF_BASES}" for name in ("lora_linear_backward", "lora_linear_siblings", "lora_linear_siblings_backward")
 ]
@@ -576,7 +600,7 @@ HAVE_KERNELS += [
 
 def op_named(name: str) -> torch._ops.OpOverload:
     """Returns a registered op; of :data:`HAVE_KERNELS` also by the name of a form."""
-    return _load.op_named(name.removesuffix(OF_BASES))
+    return _load.op_named(name.partition(" ")[0])
 
 
 def good_function_call(name: str, **options: Any) -> dict[str, Any]:
@@ -600,6 +624,9 @@ def good_call(name: str, **options: Any) -> dict[str, Any]:
 
     ``options``: of its sample's maker.
     """
+    if name.endswith(WITH_DRAWS):
+        call = good_call(name.removesuffix(WITH_DRAWS), **{"dtype": torch.bfloat16} | options)
+        return call | {"seeds": [3, -7], "first_rows": [0, 2]}
     if name.endswith(OF_BASES):
         call = good_call(name.removesuffix(OF_BASES), **options)
         bases = delta_siblings(**{"leading": (2, 3)} | options).call["bases"] if "bases" in call else []
