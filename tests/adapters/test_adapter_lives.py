@@ -51,10 +51,11 @@ CONFIGS = (
     {"r": 3, "target_modules": ["embed", "lin"], "lora_alpha": 4},
     {"r": 2, "target_modules": "all-linear", "use_rslora": True},
     {"r": 1, "target_modules": ["conv", "out"], "rank_pattern": {"out": 3}},
+    {"r": 2, "target_modules": ["conv", "lin"], "lora_bias": True},
 )
 NEW = st.sampled_from("abcd")  # names that may be taken
 Deltas = dict[str, Tensor]
-"""The update of each weight, float64."""
+"""The update of each weight and bias, float64."""
 
 
 class Every(nn.Module):
@@ -148,9 +149,9 @@ class Life(RuleBasedStateMachine):
         deltas = {}
         for path, layer in lora_modules(self.model):
             if name in layer.adapters:
-                A, B, scaling = layer.factors(name)["weight"]
-                matrix = scaling * B.detach().double() @ A.detach().double()
-                deltas[f"{path}.weight"] = matrix.reshape(self.base[f"{path}.weight"].shape)
+                for key, (A, B, scaling) in layer.factors(name).items():
+                    matrix = scaling * B.detach().double() @ A.detach().double()
+                    deltas[f"{path}.{key}"] = matrix.reshape(self.base[f"{path}.{key}"].shape)
         return deltas
 
     def took(self, name: str, config: dict) -> None:
@@ -159,7 +160,7 @@ class Life(RuleBasedStateMachine):
 
     def one(self, data: st.DataObject) -> str:
         """Draws the name of an adapter, or occasionally an unknown one."""
-        return data.draw(st.sampled_from([*self.deltas] * 3 + ["x"]))
+        return data.draw(st.sampled_from(["x", *self.deltas, *self.deltas]))
 
     def some(self, data: st.DataObject, allowed: Iterable[str]) -> list[str]:
         """Draws names, mostly of those ``allowed``."""
@@ -204,10 +205,11 @@ class Life(RuleBasedStateMachine):
         if self.attempt("merge", lambda: merge(self.model, names), error):
             self.merged |= {name: self.deltas[name] for name in names}
 
+    @precondition(lambda self: self.merged)
     @rule(data=st.data())
     def unmerge(self, data: st.DataObject) -> None:
         names = self.some(data, self.merged)
-        if self.merged and data.draw(st.booleans()):
+        if data.draw(st.booleans()):
             unmerge(self.model)
             self.merged.clear()
             return
@@ -222,8 +224,8 @@ class Life(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([*(self.merged or self.deltas)]))
         with torch.no_grad():
             for _, layer in lora_modules(self.model):
-                if name in layer.adapters:
-                    layer.adapters[name].lora_B.normal_()
+                for parameter in layer.adapters[name].parameters() if name in layer.adapters else ():
+                    parameter.normal_()
         self.deltas[name] = self.read(name)
 
     @rule(data=st.data(), new=NEW)
@@ -281,14 +283,14 @@ class Life(RuleBasedStateMachine):
             self.deltas[name] = self.read(name)
             torch.testing.assert_close(self.deltas[name], file.deltas)
 
-    @precondition(lambda self: len(self.deltas) > 1)
+    @precondition(lambda self: len(self.deltas) > 1 and not self.merged)
     @rule(data=st.data(), weight=st.sampled_from([0.5, -1.0, 2.0]), name=NEW)
     def combine(self, data: st.DataObject, weight: float, name: str) -> None:
         first, second = self.one(data), data.draw(st.sampled_from([*self.deltas]))
         if first == second:
             return
         error = KeyError if {first, second} - self.deltas.keys() else None
-        error = error or (ValueError if name in self.deltas else RuntimeError if self.merged else None)
+        error = error or (ValueError if name in self.deltas else None)
 
         def change() -> None:
             add_weighted_adapter(self.model, [first, second], [weight, 1.0], name, "cat")

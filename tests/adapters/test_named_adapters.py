@@ -222,76 +222,49 @@ def computed(model: nn.Module, x: Tensor, *names: str) -> Tensor:
     return set_adapter(model, names)(x).detach()
 
 
-def square() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
-
-
-@pytest.mark.parametrize("saved_first", [False, True])
-def test_one_adapter_trains_a_module_in_full_that_another_adapts(saved_first):
-    x, base = torch.randn(3, 6), square()
-    adapting = LoraConfig(r=2, target_modules=["2"])
-    saving = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    wanted = {}
-    for name, config in (("adapting", adapting), ("saving", saving)):
-        torch.manual_seed(7)
-        wanted[name] = randomized(inject(copy.deepcopy(base), config, name))(x).detach()
-
-    model, order = copy.deepcopy(base), [("adapting", adapting), ("saving", saving)]
-    for name, config in reversed(order) if saved_first else order:
-        torch.manual_seed(7)
-        alone = randomized(inject(copy.deepcopy(base), config, name))
-        inject(model, config, name)
-        single, theirs = dict(alone.named_parameters()), dict(model.named_parameters())
-        with torch.no_grad():
-            for path, parameter in theirs.items():
-                if f".adapters.{name}." in path:
-                    parameter.copy_(single[path.replace("2.base_layer.", "2.")])
-    for name, y in wanted.items():
-        assert torch.equal(computed(model, x, name), y), name
-    assert torch.equal(computed(model, x), base(x))
-    set_adapter(model, "adapting")
-    assert torch.equal(unload(model)(x), base(x))
-
-
-def test_a_block_trained_in_full_is_copied_without_the_adapters_in_it(tmp_path):
-    x, base = torch.randn(3, 6), Net().eval()
-    model = randomized(inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"]), "a"))
-    adapted = computed(model, x, "a")
-    inject(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["blocks.0"]), "b")
-    torch.testing.assert_close(model(x), base(x))
-    assert torch.equal(computed(model, x, "a"), adapted)
-    for name in "ab":
-        save_adapter(model, tmp_path / name, name)
-    assert torch.equal(unload(model)(x), base(x))
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attn(x, x, x)[0]
 
 
-@pytest.mark.parametrize("saved_first", [False, True])
-def test_the_output_projection_of_an_attention_that_another_adapter_trains_in_full(saved_first, tmp_path):
-    x, base = torch.randn(2, 3, 8), Attention().eval()
+# One adapter trains a module in full that another one adapts, or has layers in.
+MEETINGS = {
+    "a layer": (Net, {"target_modules": ["down"]}, {"target_modules": ["up"], "modules_to_save": ["down"]}),
+    "a block": (Net, {"target_modules": ["up"]}, {"target_modules": ["head"], "modules_to_save": ["blocks.0"]}),
+    "out_proj": (
+        Attention,
+        {"target_modules": ["out_proj"]},
+        {"target_modules": ["attn"], "modules_to_save": ["out_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("whole_first", [False, True])
+@pytest.mark.parametrize("where", MEETINGS)
+def test_adapters_that_meet_in_one_module(where, whole_first, tmp_path):
+    make, part, whole = MEETINGS[where]
+    base, x = make().eval(), torch.randn(2, 3, 6) if make is Attention else torch.randn(3, 6)
     model = copy.deepcopy(base)
-    adapting = LoraConfig(r=2, target_modules=["out_proj"])
-    saving = LoraConfig(r=2, target_modules=["attn"], modules_to_save=["out_proj"])
-    for name, config in sorted({"adapting": adapting, "saving": saving}.items(), reverse=saved_first):
-        inject(model, config, name)
+    for name, options in sorted({"part": part, "whole": whole}.items(), reverse=whole_first):
+        inject(model, LoraConfig(r=2, **options), name)
+        torch.testing.assert_close(model(x), base(x))
     randomized(model)
-    for name in ("adapting", "saving"):
+    for name in ("part", "whole"):
         expected = computed(model, x, name)
         assert not torch.allclose(expected, base(x))
         save_adapter(model, tmp_path / name, name)
         torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(x), expected)
         torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
-    expected = computed(model, x, "adapting")
-    torch.testing.assert_close(delete_adapter(model, "saving")(x), expected)
-    assert type(unload(model).attn) is nn.MultiheadAttention
+    torch.testing.assert_close(computed(model, x), base(x))
+    expected = computed(model, x, "part")
+    torch.testing.assert_close(delete_adapter(model, "whole")(x), expected)
+    plain = unload(model)
+    torch.testing.assert_close(plain.state_dict(), base.state_dict(), rtol=0, atol=0)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
 
 
 def test_a_bias_in_two_modules_is_switched_once(tmp_path):
