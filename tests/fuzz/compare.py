@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from support import op_table
 from support.layers import rounds_factors
 from support.merging import same_bits
+from support.op_table import Sample, entry_of, label, tensors_of
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -75,8 +77,7 @@ def _in_float64(value: Any, absolute: bool) -> Any:
     def converted(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             wide = leaf.detach().to(torch.float64 if leaf.dtype in FLOATING else leaf.dtype, copy=True)
-            wide = wide.abs() if absolute and wide.is_floating_point() else wide
-            return wide.requires_grad_(leaf.requires_grad and leaf.dtype in FLOATING)
+            return wide.abs() if absolute and wide.is_floating_point() else wide
         if isinstance(leaf, int | float) and not isinstance(leaf, bool):
             return abs(float(leaf)) if absolute else float(leaf)
         return leaf
@@ -149,36 +150,22 @@ def check_formula(
     largest *= scale(1.0, dropout_p) * (_largest(before) if dropout_p > 0 else 1.0)
     if largest > torch.finfo(accumulation_dtype(computed_in)).max / 4:
         raise CannotTell  # a factor overflows by itself: times zero, or what dropout drops, it is NaN
-    runs = []
-    for absolute in (False, True):
-        arguments = {name: _in_float64(value, absolute) for name, value in before.items()}
-        # Every activation is at most its argument's size plus an eighth.
-        rest, times = ({"activation": "identity"}, 1.2) if absolute and "activation" in before else ({}, 1)
-        runs.append((arguments, [times * y for y in formula(**arguments | rest)]))
-    (exact, expected), (sizes, magnitudes) = runs
+    leaves = [(name, i) for name, i, t in tensors_of(after) if name != "y" and t.is_leaf and t.grad is not None]
+    if share_memory([after[name] for name in before if name != "y"]):
+        leaves = []  # arguments that are views of each other share gradients
+    grads = [torch.linspace(-1, 1, y.numel()).to(y.dtype).double().view(y.shape) for y in results]
+    # Every activation is at most its argument's size plus an eighth.
+    rest, times = ({"activation": "identity"}, 1.2) if "activation" in before else ({}, 1)
+    call, sizes = ({n: _in_float64(value, absolute) for n, value in before.items()} for absolute in (False, True))
+    exact = op_table.results(formula, Sample(call, grads), leaves)
+    of_sizes = Sample(sizes | rest, [grad.abs() for grad in grads])
+    magnitudes = op_table.results(lambda **call: [times * y for y in formula(**call)], of_sizes, leaves)
+    found = {f"result {i}": y for i, y in enumerate(results)}
+    found |= {f"grad of {label(*place)}": entry_of(after, *place).grad for place in leaves}
     keeps_nan = reference.dropout_threshold(dropout_p) == 0
     steps = sum(size for tensor in tensors_in([*before.values()]) for size in tensor.shape)
-    if len(results) != len(expected):
-        raise WrongResult(f"there are {len(results)} results, want {len(expected)}")
-    for i, (ours, value, magnitude) in enumerate(zip(results, expected, magnitudes, strict=True)):
-        check_close(f"result {i}", ours, value.detach(), magnitude.detach(), steps, computed_in, keeps_nan)
-
-    leaves = [(name, i, t) for name in before if name != "y" for i, t in enumerate(tensors_in(after[name]))]
-    leaves = [(name, i, leaf) for name, i, leaf in leaves if leaf.is_leaf and leaf.grad is not None]
-    if not leaves or share_memory([after[name] for name in before if name != "y"]):
-        return  # arguments that are views of each other share gradients
-    for outputs, sign in ((expected, None), (magnitudes, torch.abs)):
-        pairs = [
-            (o, torch.linspace(-1, 1, o.numel()).to(r.dtype).double().view(o.shape))
-            for o, r in zip(outputs, results, strict=True)
-        ]
-        pairs = [(o, p if sign is None else sign(p)) for o, p in pairs if o.requires_grad]
-        torch.autograd.backward([o for o, _ in pairs], [p for _, p in pairs])
-    for name, i, leaf in leaves:
-        value, magnitude = (tensors_in(run[name])[i].grad for run in (exact, sizes))
-        if value is None:
-            value = magnitude = torch.zeros(leaf.shape, dtype=torch.float64)
-        check_close(f"gradient of {name}", leaf.grad, value, magnitude, steps, computed_in, keeps_nan)
+    for name, ours in found.items():
+        check_close(name, ours, exact[name], magnitudes[name], steps, computed_in, keeps_nan)
 
 
 def check_seed(before: Mapping[str, Any], result: Tensor, after: Mapping[str, Any]) -> None:

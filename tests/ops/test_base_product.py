@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from support import layers
 from support.layers import with_threads
-from support.op_table import OPS, SEED, apart, every_second, linear, siblings
+from support.op_table import OPS, SEED, apart, every_second, grouped_linear, linear, siblings
 from torch import Tensor
 
 from lora_ext import _load, functional, reference
+from lora_ext.nn.base_product import has_kernel
 
 pytestmark = pytest.mark.cpu_only("is about a CPU kernel")
 
@@ -59,6 +60,18 @@ def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
                 torch.testing.assert_close(
                     several[name], first, rtol=16 * eps, atol=16 * eps * first.abs().max().item()
                 )
+
+
+@pytest.mark.parametrize("features", [(514, 260), (1030, 1030)], ids=str)
+@pytest.mark.parametrize("num_tokens", [4, 20, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_of_mixed_batches_have_the_same_bits_with_any_number_of_threads(dtype, num_tokens, features):
+    """If PyTorch multiplies by the weight (small weights, other machines), where F.linear has the same bits, too."""
+    call = grouped_linear((dtype, torch.float32), tokens=num_tokens, features=features, entries=((5, 16), 3)).call
+    layer = call["x"], call["weight"], call["bias"]
+    found = with_threads((1, 2, 3), lambda: (functional.lora_grouped_linear(**call), F.linear(*layer)))
+    for y, base in found[1:]:
+        assert torch.equal(y, found[0][0]) or not (has_kernel(*layer[:2]) or torch.equal(base, found[0][1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,10 +5,13 @@ test_values.py has the arithmetic of lora_grouped_ and lora_grouped_linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.layers import DTYPES, dtypes_id, of_dtypes, with_threads
 from support.op_table import (
+    DOUBLE,
     OPS,
     SEED,
     assert_bits,
@@ -18,16 +21,45 @@ from support.op_table import (
     results,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
 from lora_ext import functional
 
 OP, LINEAR = OPS["lora_grouped_"], OPS["lora_grouped_linear"]
 each_op = pytest.mark.parametrize("op", [OP, LINEAR], ids=lambda op: op.name)
 of_delta = pytest.mark.cpu_only("only the CPU's kernels sum as lora_delta_ does")
+has_kernel = pytest.mark.cpu_only("lora_grouped_linear has a kernel on the CPU only")
+SOME = dict(features=(70, 37), entries=((5, 16), 3, 40))
 reads_values = pytest.mark.cpu_only("CUDA kernels cannot refuse: the rows become NaN (test_cuda.py)")
 
 
-@pytest.mark.cpu_only("the kernel is the CPU's")
+def calls_kernel(function: Callable[[], object]) -> bool:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return "lora_ext::lora_grouped_linear" in {event.name for event in profiler.events()}
+
+
+@has_kernel
+def test_the_kernel_computes_where_no_gradient_is_wanted():
+    sample = grouped_linear(DOUBLE, tokens=12, **SOME)
+    for place in LINEAR.leaves(sample, with_frozen=True):
+        assert not calls_kernel(lambda place=place: results(LINEAR.run, sample, [place]))
+    sample.call["lora_Bs"][1].requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(results(LINEAR.run, sample, []), results(LINEAR.plain, sample, []))
+        assert calls_kernel(lambda: results(LINEAR.run, sample, []))
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    call = grouped_linear(tokens=20, groups=torch.arange(20) % 7 - 1, **SOME).call
+    expected = functional.lora_grouped_linear(**call)
+    call["x"][3, 5] = torch.inf
+    y = functional.lora_grouped_linear(**call)
+    others = torch.arange(20) != 3
+    assert torch.equal(y[others], expected[others]) and not y[3].isfinite().any()
+
+
+@has_kernel
 @pytest.mark.parametrize("num_tokens", [5, 33])
 def test_many_groups_and_wide_layers(num_tokens):
     sample = grouped_linear(tokens=num_tokens, features=(2050, 1030), entries=((200, 64),))

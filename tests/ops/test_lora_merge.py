@@ -47,31 +47,9 @@ def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
 
 # --- restoring --------------------------------------------------------------------------------------------------------
 
-SIZES = [1e-30, 1e-6, 0.005, 0.1, 1.0, 30.0, 1e3]  # of the update, relative to the weight
-
-
-def assert_comes_back(weight: torch.Tensor, *factors: object) -> functional.MergeRecord:
-    before = weight.clone()
-    record = functional.lora_merge_(weight, *factors)
-    assert functional.lora_unmerge_(weight, record) is weight
-    assert same_bits(weight, before)
-    return record
-
 
 def extra_bytes(record: functional.MergeRecord) -> int:
     return record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_every_bit_comes_back(dtype, size):
-    """Also of whole rows of large corrections, of zeros of either sign, of ties."""
-    weight = hard_weight(70, 600, dtype)
-    record = assert_comes_back(weight, *update_factors(weight, 5, size))
-    assert extra_bytes(record) <= weight.nbytes + 2 * 70 * 3  # at most the weight's bytes and two for each segment
-    for value in (0.0, -0.0, 1.0):
-        weight = torch.full((9, 300), value, dtype=dtype)
-        assert_comes_back(weight, *update_factors(weight, 3, min(size, 1.0)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,18 +58,19 @@ def test_every_bit_comes_back(dtype, size):
     rows=st.integers(1, 20),
     cols=st.one_of(st.integers(1, 40), st.integers(250, 270), st.just(512)),
     rank=st.integers(1, 20),
+    value=st.sampled_from([None, None, None, 0.0, -0.0, 1.0]),
     weight_exponent=st.integers(-20, 14),
-    update_exponent=st.integers(-40, 14),
+    update_exponent=st.integers(-100, 14),
     padding=st.integers(0, 3),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_any_weight_any_update(dtype, rows, cols, rank, weight_exponent, update_exponent, padding, seed):
+def test_any_weight_any_update(dtype, rows, cols, rank, value, weight_exponent, update_exponent, padding, seed):
     """Rounded to nearest or, of 16 bits and with odd seeds, stochastically. The weight is a part of a tensor."""
     torch.manual_seed(seed % 2**32)
     rounding = seed if seed % 2 and dtype.itemsize == 2 else None
     whole = torch.zeros(rows + 2, cols + 2 * padding, dtype=dtype)
     part = slice(1, -1), slice(padding, padding + cols)
-    whole[part] = hard_weight(rows, cols, dtype, 2.0**weight_exponent)
+    whole[part] = hard_weight(rows, cols, dtype, 2.0**weight_exponent) if value is None else value
     before, expected = whole.clone(), whole.clone()
     factors = update_factors(whole[part], rank, 2.0**update_exponent)
     try:
@@ -103,7 +82,9 @@ def test_any_weight_any_update(dtype, rows, cols, rank, weight_exponent, update_
         functional.lora_merge_(alone, *factors, seed=rounding)
         expected[part] = alone
         assert same_bits(whole, expected)
-        functional.lora_unmerge_(whole[part], record)
+        # At most the weight's bytes, and two for each segment.
+        assert extra_bytes(record) <= alone.nbytes + 2 * rows * (-(-cols // 256))
+        assert functional.lora_unmerge_(weight := whole[part], record) is weight
     assert same_bits(whole, before)
 
 

@@ -30,7 +30,6 @@ OP_TESTS = (
     "ops/test_bottleneck",
     "ops/test_few_tokens",
     "ops/test_grouped",
-    "ops/test_lora_grouped_linear",
     "ops/test_lora_linear",
     "ops/test_siblings",
     "ops/test_values",
