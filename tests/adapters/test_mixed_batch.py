@@ -234,10 +234,6 @@ def test_adapters_that_act_on_all_rows_are_refused():
     with refused(model, ValueError, "LoraLinear: adapter_names: 'a' is merged into this layer", "unmerge(model)"):
         model(x, adapter_names=NAMES)
     unmerge(model)
-    inject(model, LoraConfig(r=1, target_parameters=["head.weight"]), "whole")
-    with refused(model, ValueError, "LoraParameter: adapter_names: rows name 'whole'", "set_adapter"):
-        model(x, adapter_names=["whole", "a", "a", "b", "a"])
-    assert_rows_equal(model, lambda **names: model(x, **names).detach())
     inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")
     shaken(model)
     for names in (NAMES, ["__base__"] * 5):

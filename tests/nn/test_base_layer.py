@@ -15,7 +15,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora_ext import LoraConfig, functional, inject
 from lora_ext.adapters import merge, merge_and_unload, unmerge
-from lora_ext.nn import LoraLayer, base_layer
+from lora_ext.nn import LoraConv, LoraLayer, base_layer
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 
@@ -61,19 +61,27 @@ def adapted(layer: nn.Module, **settings) -> nn.ModuleDict:
 
 
 def update_of(layer: LoraLayer, x: Tensor) -> Tensor:
-    return x @ layer.delta_weight().T
+    return F.conv2d(x, delta_of(layer)) if isinstance(layer, LoraConv) else x @ layer.delta_weight().T
 
 
 # --- what is put there before injection -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [ScaledLinear, Transposed, Widened, Leaf, One])
-def test_subclasses_with_a_forward_of_their_own(kind):
-    base, x = kind(6, 5), torch.randn(2, 4, 6, requires_grad=True)
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [ScaledLinear, Transposed, Widened, Leaf, One, Standardized])
+def test_subclasses_with_a_forward_of_their_own(kind, format):
+    is_conv = kind is Standardized
+    base, x = (kind(6, 5, 3), torch.randn(2, 6, 5, 5)) if is_conv else (kind(6, 5), torch.randn(2, 3, 4, 6))
+    x = x.to(memory_format=format).requires_grad_()
     expected = base(x).detach().clone()
     model = adapted(base)
     y, adapter = model.layer(x), model.layer.adapters.default
-    assert y.dtype == expected.dtype and y.is_contiguous()
+    assert y.dtype == expected.dtype and y.is_contiguous(memory_format=format if is_conv else torch.contiguous_format)
     torch.testing.assert_close(y.float(), (expected + update_of(model.layer, x)).float())  # Widened adds in float32
     trained = adapter.lora_A, adapter.lora_B
     grads = (torch.autograd.grad(out.sum(), trained) for out in (y, update_of(model.layer, x.detach())))
@@ -82,7 +90,7 @@ def test_subclasses_with_a_forward_of_their_own(kind):
         merge(model)
     with refused(model, ValueError, "may not be linear in the weight"):
         merge_and_unload(model)
-    with refused(model, ValueError, "LoraLinear: the update cannot be merged: the forward of"):
+    with refused(model, ValueError, f"{type(model.layer).__name__}: the update cannot be merged: the forward of"):
         model.layer.merge()
 
 
@@ -231,25 +239,9 @@ def test_plain_layers_take_the_fused_op(monkeypatch):
 # --- other kinds ------------------------------------------------------------------------------------------------------
 
 
-class Standardized(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
-
-
 class Padded(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(F.pad(x, (1, 1)), weight, bias)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_convolution_with_a_forward_of_its_own(channels_last):
-    base, x = Standardized(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    expected = base(x)
-    model = adapted(base)
-    torch.testing.assert_close(model.layer(x), expected + F.conv2d(x, delta_of(model.layer), padding=1))
-    with refused(model, ValueError, "the forward of Standardized is not Conv2d's"):
-        merge(model)
 
 
 def test_a_convolution_whose_output_has_another_size():

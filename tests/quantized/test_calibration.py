@@ -11,7 +11,7 @@ from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
+from lora_ext import LoraConfig, inject, merge, unmerge
 from lora_ext.adapters import lora_modules, merge_and_unload, merge_errors
 from lora_ext.merging.feedback import LayerInputs, quantize_for
 from lora_ext.quantized import quantized_weight
@@ -197,21 +197,12 @@ def test_refusals():
         with refused(model, error, "merge: ", *said), unchanged_bytes(model):
             merge(model, calibration=calibration)
         assert not any(layer._forward_pre_hooks for _, layer in lora_modules(model))
-    inject(model, LoraConfig(r=2, target_modules=["q_proj"]), "other")
-    with refused(model, ValueError, "calibration runs the model with its active adapters", "set_adapter"):
-        merge(model, "default", calibration=batches())
-    set_adapter(model, "default")
-    merge(model, "default", calibration=batches())
+    merge(model, calibration=batches())
     mixed = quantized_copy(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 8)), "nf4")
     inject(mixed, LoraConfig(r=2, target_modules=["0", "1"]))
     with pytest.warns(UserWarning, match="calibration has no effect on '1' .bitsandbytes NF4., which are rounded"):
         merge(mixed, calibration=[torch.randn(9, 64)])
-    plain, other = llama(), quantized_copy(llama(), "torchao-float8")
-    for one in (plain, other):
-        inject(one, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="is for quantised weights, and none to merge into is; leave it out"):
-        merge(plain, calibration=batches())
-    assert not next(lora_modules(plain))[1].is_merged
+    other = inject(quantized_copy(llama(), "torchao-float8"), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.warns(UserWarning, match="calibration has no effect on 'model.* .torchao float8.*rounded to nearest"):
         merge(other, calibration=batches())
     assert next(lora_modules(other))[1].is_merged

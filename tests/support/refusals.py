@@ -96,6 +96,13 @@ def parametrized(model: Net) -> Net:
     return model
 
 
+def overflowing() -> Net:
+    model = adapting(lambda: Net().half(), "up", use_dora=True)()
+    with torch.no_grad():
+        model.blocks[0].up.adapters["a"].lora_magnitude_vector[3] = 1e9
+    return model
+
+
 def tied_while_merged() -> Net:
     model = merged()
     model.other = nn.Linear(6, 10)
@@ -333,6 +340,7 @@ def file_of(**options: Any) -> dict[str, Any]:
 # What neither merge nor merge_and_unload merges: changes of the arguments, the error, words.
 NOT_MERGED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"calibration": []}, ValueError, "FUNCTION: calibration runs the model with its active adapters"),
+    ({"adapter_names": None, "calibration": []}, ValueError, "FUNCTION: calibration is for quantised weights, and non"),
     ({"rounding": "random"}, ValueError, "FUNCTION: rounding is 'random', want one of 'nearest', 'stochastic'"),
     ({"rounding": "stochastic", "seed": 2**64}, ValueError, "seed is 18446744073709551616, want an integer of 64 bits"),
     ({"rounding": "stochastic"}, TypeError, "FUNCTION: the weight of 'blocks.0.up' is torch.float32, where"),
@@ -342,6 +350,7 @@ NOT_MERGED: list[tuple[dict[str, Any], type[Exception], str]] = [
     NO_NAME,
     NONE_ACTIVE,
     ({"model": with_nan, "adapter_names": "b"}, ValueError, "the weight of 'blocks.1.up' NaN or infinite: the adapter"),
+    ({"model": overflowing}, ValueError, "elements of the weight of 'blocks.0.up' infinite: the sum overflows"),
     ({"model": lambda: parametrized(injected())}, RuntimeError, "'blocks.0.up' is not a parameter but computed; remo"),
     ({"model": tied, "adapter_names": "b"}, ValueError, "is shared with 'blocks.1.up', which would change too"),
     ({"model": tied_while_merged, "adapter_names": "b"}, ValueError, "'blocks.0.up' is shared with 'other'"),
