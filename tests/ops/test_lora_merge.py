@@ -143,28 +143,16 @@ def test_flushing_subnormals_in_between_changes_nothing():
     assert flushes and same_bits(weight, before)
 
 
-def many_layers(dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+def test_layers_of_all_dtypes_together_are_each_alone():
     shapes = [(7, 300, 3), (64, 20, 1), (1, 1, 2), (0, 5, 2), (5, 0, 2), (33, 513, 17)] * 7
-    return tuple(packed_layers(dtype, shapes, (0.1 * i for i in range(1, 43))).values())
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_many_layers_together_are_each_alone(dtype):
-    weights, As, Bs = many_layers(dtype)
+    groups = [packed_layers(dtype, shapes, (0.1 * i for i in range(1, 43))).values() for dtype in FLOATING]
+    weights, As, Bs = ([tensor for tensors in lists for tensor in tensors] for lists in zip(*groups, strict=True))
     before, alone = ([weight.clone() for weight in weights] for _ in range(2))
     for weight, A, B in zip(alone, As, Bs, strict=True):
         merge_all_("test", [weight], [A], [B], record=False)
     records = merge_all_("test", weights, As, Bs)
     assert all(map(same_bits, weights, alone))
     unmerge_all_("test", weights[::-1], records[::-1])
-    assert all(map(same_bits, weights, before))
-
-
-def test_layers_of_several_dtypes():
-    groups = [many_layers(dtype) for dtype in FLOATING]
-    weights, As, Bs = ([tensor for group in groups for tensor in group[i]] for i in range(3))
-    before = [weight.clone() for weight in weights]
-    unmerge_all_("test", weights, merge_all_("test", weights, As, Bs))
     assert all(map(same_bits, weights, before))
 
 
@@ -247,16 +235,6 @@ def test_what_was_merged_before_a_refusal_is_restored(dtype, record):
     with pytest.raises(ValueError, match=f"would make {expected} of {weights[1].numel()} elements of second NaN"):
         merge_all_("test", weights, As, Bs, ["first", "second", "third"], record=record)
     assert all(map(same_bits, weights, before)) and [weight._version for weight in weights] == versions
-
-
-def test_all_layers_or_none():
-    weights, As, Bs = many_layers(torch.float32)
-    weights[-1][2, 3] = float("nan")
-    before = [weight.clone() for weight in weights]
-    labels = [f"layer {i}" for i in range(len(weights))]
-    with pytest.raises(ValueError, match=f"test: .* of layer {len(weights) - 1} NaN or infinite: the weight has"):
-        merge_all_("test", weights, As, Bs, labels)
-    assert all(map(same_bits, weights, before))
 
 
 def test_a_weight_that_is_not_the_merged_one():
