@@ -155,6 +155,7 @@ def tree(paths: list[str]) -> nn.Module:
     return root
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=300)
 @given(
     TREES,
