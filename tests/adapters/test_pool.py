@@ -121,9 +121,16 @@ def test_directories_that_move(base, root, tmp_path, monkeypatch):
         model(x, adapter_names=["link", "n0"])
 
 
-@pytest.mark.parametrize(("on_disk", "slots"), [(2_000, 200), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("on_disk", "slots"),
+    [
+        (300, 100),
+        pytest.param(2_000, 200, marks=pytest.mark.full),
+        pytest.param(10_000, 1_000, marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
-def test_thousands_of_adapters(base, root, on_disk, slots):
+def test_hundreds_of_adapters(base, root, on_disk, slots):
     """Most directories have links to the files of a few; the storage is allocated once."""
     x, model = torch.randn(1, 6), copy.deepcopy(base)
     expected = expected_rows(base, root, NAMES, x.expand(len(NAMES), -1))

@@ -175,16 +175,23 @@ QUANTISED |= {f"peft {name}": QUANTISED[name]._replace(door=Accelerated) for nam
 QUANTISED["peft torchao-int8"] = QUANTISED["torchao-int8"]._replace(door=Accelerated, options={"target_modules": ["0"]})
 
 
-def of_kinds(door: type | None = None, without: tuple[str, ...] = (), quantised: bool = False) -> pytest.MarkDecorator:
+def of_kinds(
+    door: type | None = None,
+    without: tuple[str, ...] = (),
+    quantised: bool = False,
+    quick: tuple[str, ...] | None = None,
+) -> pytest.MarkDecorator:
     """Runs a test for the kinds through ``door`` (default: both) whose names contain nothing of ``without``.
 
-    ``quantised``: also for those with quantised base layers.
+    ``quantised``: also for those with quantised base layers. ``quick``: the kinds of the quick tests (default: all).
     """
     kinds = KINDS | QUANTISED if quantised else KINDS
     names = [
         name for name, kind in kinds.items() if door in (None, kind.door) and not any(text in name for text in without)
     ]
-    return pytest.mark.parametrize("kind", [pytest.param(kinds[name], id=name) for name in names])
+    full = set() if quick is None else {*names} - {*quick}
+    marks = {name: [pytest.mark.full] * (name in full) for name in names}
+    return pytest.mark.parametrize("kind", [pytest.param(kinds[name], id=name, marks=marks[name]) for name in names])
 
 
 def adapted(kind: Kind, *names: str, dtype: torch.dtype | None = None, **more: Any) -> nn.Module:

@@ -267,8 +267,8 @@ def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
         torch.testing.assert_close(alone(x), set_adapter(model, name)(x))
 
 
-@pytest.mark.full
-@of_kinds(without=("peft experts",))  # which PEFT's code computes in a graph
+# PEFT's code computes its experts in a graph.
+@of_kinds(without=("peft experts",), quick=("linear", "peft siblings"))
 def test_compiles_as_one_graph(kind):
     model, x = adapted(kind, *kind.names, dtype=torch.float32), input_of(kind, torch.float32)
     torch._dynamo.reset()

@@ -155,9 +155,10 @@ CASES = {
 }
 
 
-# Families that are like another one, and other implementations of more than two.
-LIKE_OTHERS = {name for name in CASES if name.startswith(("qwen2", "deepseek_v2"))}
+# Families and layers that are like another one, and other implementations of more than two.
+LIKE_OTHERS = {name for name in CASES if name.startswith(("qwen2", "deepseek_v2"))} | {"dora, bert", "dora, llama"}
 LIKE_OTHERS |= {f"{family} {how}" for family in ("qwen3", "deepseek_v3") for how in IMPLEMENTATIONS[1:]}
+LIKE_OTHERS |= {f"{name} with bias" for name in CONVOLUTIONS if name not in ("1d same", "2d", "3d", "2d grouped")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LIKE_OTHERS)) for n in CASES])

@@ -37,6 +37,7 @@ def _masks(rank: int, way: str) -> list[Tensor]:
     return outputs
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_dropout_masks_differ_between_ranks_and_repeat_by_seed(ranks, way):
     first, second = ranks(2, _masks, way)
