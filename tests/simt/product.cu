@@ -141,6 +141,6 @@ extern "C" __attribute__((visibility("default"))) void run_product(const lora_ex
                                                                    uint32_t shared_bytes) {
   using namespace lora_ext::cuda;
   const GpuStream on{.stream = nullptr, .device = 0, .sms = 1, .overlaps_launches = true};
-  const int blocks = static_cast<int>(ceil_div(params->rows, kBlockM));  // host-access
+  const int blocks = static_cast<int>(lora_ext::ceil_div(params->rows, kBlockM));  // host-access
   launch(&product_kernel, make_grid(blocks), kProductThreads, shared_bytes ? shared_bytes : kSharedBytes, on, *params);
 }
