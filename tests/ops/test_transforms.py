@@ -10,7 +10,7 @@ from support import op_table
 from support.layers import assert_errors_as_plain
 from support.op_table import DOUBLE, OPS, Op, Sample, entry_of, good_call, linear, with_entry
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 
@@ -128,10 +128,6 @@ def test_forward_mode(case):
     torch.testing.assert_close(jvp(lambda *a: tuple(case.ours(*a)), case.arguments, tangents), expected)
     forward = [jacfwd(f)(*case.arguments) for f in case.losses()]
     torch.testing.assert_close(*forward)
-    with forward_ad.dual_level():
-        ys = case.ours(*(forward_ad.make_dual(a, t) for a, t in zip(case.arguments, tangents, strict=True)))
-        torch.testing.assert_close(tuple(forward_ad.unpack_dual(y).tangent for y in ys), expected[1])
-        torch.testing.assert_close(tuple(forward_ad.unpack_dual(y).primal for y in ys), expected[0])
 
 
 def test_outputs_under_transforms_have_the_dtypes_of_the_ops():

@@ -42,32 +42,14 @@ def mma(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     a, b, c = (torch.randint(-9, 10, shape, generator=generator).float() for shape in ((16, 16), (16, 8), (16, 8)))
     d = a @ b + c
 
-    # CuTe's layouts: (thread (4, 8), value) -> offset into the matrix stored by columns.
-    def a_at(t: int, v: tuple[int, int, int]) -> float:  # strides ((32, 1), (16, 8, 128)) into M16 x K16
-        offset = 32 * (t % 4) + t // 4 + 16 * v[0] + 8 * v[1] + 128 * v[2]
-        return a[offset % 16, offset // 16].item()
-
-    def b_at(t: int, v: tuple[int, int]) -> float:  # strides ((16, 1), (8, 64)) into N8 x K16
-        offset = 16 * (t % 4) + t // 4 + 8 * v[0] + 64 * v[1]
-        return b[offset // 8, offset % 8].item()
-
-    def c_at(matrix: Tensor, t: int, v: tuple[int, int]) -> float:  # strides ((32, 1), (16, 8)) into M16 x N8
-        offset = 32 * (t % 4) + t // 4 + 16 * v[0] + 8 * v[1]
-        return matrix[offset % 16, offset // 16].item()
-
-    def pair(low: float, high: float) -> int:
-        bits = torch.tensor([low, high], dtype=dtype).view(torch.int16).tolist()
-        return bits[0] & 0xFFFF | (bits[1] & 0xFFFF) << 16
-
-    inputs, outputs = [], []
-    for t in WARP:
-        for v2, v1 in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            inputs.append(pair(a_at(t, (0, v1, v2)), a_at(t, (1, v1, v2))))
-        inputs += [pair(b_at(t, (0, v1)), b_at(t, (1, v1))) for v1 in (0, 1)]
-        values = [(v0, v1) for v1 in (0, 1) for v0 in (0, 1)]
-        inputs += [_float_bits(c_at(c, t, v)) for v in values]
-        outputs += [_float_bits(c_at(d, t, v)) for v in values]
-    return words(inputs), words(outputs)
+    # CuTe's layouts, as strides of: thread / 4, thread % 4, values. A, C and D are stored by columns.
+    of_threads = [
+        a.T.contiguous().as_strided((8, 4, 2, 2, 2), (1, 32, 128, 8, 16)).to(dtype),
+        b.as_strided((8, 4, 2, 2), (1, 16, 64, 8)).to(dtype),
+        *(matrix.T.contiguous().as_strided((8, 4, 2, 2), (1, 32, 8, 16)) for matrix in (c, d)),
+    ]
+    *inputs, output = (values.reshape(32, -1).view(torch.int32) for values in of_threads)
+    return torch.cat(inputs, dim=1).flatten(), output.flatten()
 
 
 def cp_async() -> tuple[Tensor, Tensor]:
@@ -120,10 +102,6 @@ def atomics() -> tuple[Tensor, Tensor]:
     value = _random(64, 5)
     total = 2 * sum(value) << 20
     return words(value), words([2 * sum(value) & ALL, 0, total & ALL, total >> 32 & ALL])
-
-
-def _float_bits(value: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
 # In the order of golden.cu.
