@@ -206,7 +206,7 @@ def check_merge(op: str, label: str, weight: Tensor, shape_A: Sequence[int], sha
 
 @functools.lru_cache
 def _why_no_merge(shape: tuple, stride: tuple, dtype: torch.dtype, shape_A: tuple, shape_B: tuple) -> str:
-    """Returns what lora_merge_ says of such a weight and factors, "" if it takes them. A model has few shapes."""
+    """Returns why lora_merge_ refuses such a weight and factors, or "". Cached: layers of a model have few shapes."""
     acc = accumulation_dtype(dtype)
     weight = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     factors = [[torch.empty(shape, dtype=acc, device="meta")] for shape in (shape_A, shape_B)]

@@ -66,7 +66,7 @@ CASES = {
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes the sizes that are no options small, and leaves out processes that import for seconds."""
+    """Shrinks the sizes that no option sets, and leaves out processes whose imports take seconds."""
     monkeypatch.setattr(bench_host, "CALLS", 2)
     monkeypatch.setattr(bench_rows, "WIDTHS", 128)
     monkeypatch.setattr(bench_merge, "widths", lambda shapes: [(24, 40)])
@@ -175,7 +175,7 @@ WIDE = dataclasses.replace(predictions.MAIN, rank=256)
 @pytest.mark.parametrize("wide_factors", [True, False])
 @pytest.mark.parametrize("case", [predictions.MAIN, WIDE, predictions.DOWN, *predictions.DECODING], ids=str)
 def test_the_kernels_of_a_plan_are_those_of_the_predicted_stages(case, wide_factors):
-    """By their names, from which bench_kernels.py tells the stages that it measures."""
+    """Sorts the kernels of a plan into stages as bench_kernels.py does, by their names, and counts each stage."""
     tokens, in_features, out_features = case.shape
     layer, factors = [(out_features, case.rank)], "float32" if wide_factors else "bfloat16"
     options = {"factor_dtype": factors, "dropout": case.dropout > 0}

@@ -47,11 +47,20 @@ def only(*parts: str, named: str = "") -> Change:
 
 
 def of(adapted: tuple, *words: str, base: Change = dict, adapter: Change = dict, config=None, **options) -> tuple:
-    """A model and settings of its adapter, what is changed of their tensors and the config, options, and words."""
+    """Describes a merge that must be refused.
+
+    Args:
+        adapted: a function that makes the base model, and PEFT's settings of its adapter.
+        words: what the error must say.
+        base: changes the tensors of the base.
+        adapter: changes the tensors of the adapter.
+        config: keys to change in the adapter's config.
+        options: further arguments of the merge.
+    """
     return adapted, words, base, adapter, config or {}, options
 
 
-# What is merged: models and settings of their adapters.
+# Base models, each with PEFT's settings of its adapter.
 LAYER, QUERY = {"target_modules": ["a"]}, {"target_modules": ["q_proj"]}
 TWO, SAVED, LLAMA = (two, LAYER), (two, LAYER | {"modules_to_save": ["b"]}), (llama, QUERY)
 TOKENS = llama, QUERY | {"trainable_token_indices": {"embed_tokens": [3]}}

@@ -29,7 +29,7 @@ def planned(*options: object) -> dict[str, Any]:
 
 @pytest.mark.slow  # plans 96 layers
 def test_memory_of_gpt3():
-    """Rank 4 on query and value, as in section 4.2, all in float16: the paper's 1.2 TB to 350 GB.
+    """Plans rank 4 on query and value in float16, for which section 4.2 of the paper has 1.2 TB and 350 GB.
 
     docs/cli.md explains these bytes, which the paper does not.
     """

@@ -88,7 +88,7 @@ def test_adapters_of_other_scalings_and_dtypes_add_up(kind):
     assert alone[2].abs().max() < 1e-6
 
 
-# A convolution with groups adds one update after the other, any convolution one bias.
+# Left out are convolutions with groups and with biases of adapters: these updates are added, and rounded, one by one.
 ROUND_ONCE = {name: kind for name, kind in KINDS.items() if name.endswith(("linear", "conv1d", "embedding", "packed"))}
 ROUND_ONCE |= {"hooked": LINEAR[-2], "conv": KINDS["conv"]._replace(options={"target_modules": ["0"]})}
 

@@ -155,7 +155,7 @@ CASES = {
 }
 
 
-# Families and layers that are like another one, and other implementations of more than two.
+# Cases that are much like another one, which make test-quick leaves out.
 LIKE_OTHERS = {name for name in CASES if name.startswith(("qwen2", "deepseek_v2"))} | {"dora, bert", "dora, llama"}
 LIKE_OTHERS |= {f"{family} {how}" for family in ("qwen3", "deepseek_v3") for how in IMPLEMENTATIONS[1:]}
 LIKE_OTHERS |= {f"{name} with bias" for name in CONVOLUTIONS if name not in ("1d same", "2d", "3d", "2d grouped")}

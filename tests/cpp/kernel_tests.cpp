@@ -1,6 +1,6 @@
-// What needs no Python: the torch-free kernels link, and csrc/cuda/shared_memory_limits.h opts in once for each kernel
-// and device, however many threads launch. CMake (ctest) builds and runs it, as tests/cpp/test_cpp.py does.
-// What kernels compute is tested through their ops, in tests/ops.
+// Checks what can be checked without Python: the kernels link without torch, and csrc/cuda/shared_memory_limits.h opts
+// in once for each kernel and device, even if several threads launch. CMake (ctest) and tests/cpp/test_cpp.py build and
+// run this program. The results of kernels are tested through their ops, in tests/ops.
 #include "cpu/kernels.h"
 
 #include <atomic>

@@ -18,7 +18,7 @@ ALIVE = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
 def test_factors_start_as_pefts(init):
-    """Those of a linear layer, too."""
+    """Compares the shapes and standard deviations of an embedding's and of a linear layer's factors with PEFT's."""
     torch.manual_seed(0)
     config = {"r": 64, "lora_alpha": 8, "init_lora_weights": init, "target_modules": ["tokens", "head"]}
     theirs = peft.get_peft_model(TextNet(), peft.LoraConfig(**config)).base_model.model

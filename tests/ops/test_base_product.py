@@ -66,7 +66,8 @@ def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
 @pytest.mark.parametrize("num_tokens", [4, 20, 64, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_of_mixed_batches_have_the_same_bits_with_any_number_of_threads(dtype, num_tokens, features):
-    """If PyTorch multiplies by the weight (small weights, other machines), where F.linear has the same bits, too."""
+    """Where PyTorch multiplies by the weight (small weights, other machines), this holds only if F.linear's bits do not
+    depend on the threads either."""
     call = grouped_linear((dtype, torch.float32), tokens=num_tokens, features=features, entries=((5, 16), 3)).call
     layer = call["x"], call["weight"], call["bias"]
     found = with_threads((1, 2, 3), lambda: (functional.lora_grouped_linear(**call), F.linear(*layer)))

@@ -168,7 +168,7 @@ def test_a_pool_of_slots_changes_without_another_graph():
     assert counter.frame_count == 1
 
 
-# --- refusals of values; test_bad_arguments.py has the others -------------------------------------------------------
+# --- refusals of values; test_bad_arguments.py has the others ---------------------------------------------------------
 
 BAD_VALUES = {
     "group too large": ("group_of_row", [[4, 0, 0], [0, 0, 0]], r"\[0, 0\] is 4, want -1 \(none"),

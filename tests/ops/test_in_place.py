@@ -195,7 +195,7 @@ ADDED = [
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(("op", "name", "i"), ADDED)
 def test_an_argument_in_the_memory_of_y_is_refused(op, name, i, requires_grad):
-    """If only one element is in both; neighbours are not refused."""
+    """Refuses an argument that shares a single element with y, and takes one that lies next to it."""
     call, run = good_function_call(op), getattr(functional, op)
     tensor, y = entry_of(call, name, i), call["y"]
     expected = run(**call | {"y": y.clone()})

@@ -65,7 +65,7 @@ def extra_bytes(record: functional.MergeRecord) -> int:
     seed=st.integers(0, 2**64 - 1),
 )
 def test_any_weight_any_update(dtype, rows, cols, rank, value, weight_exponent, update_exponent, padding, seed):
-    """Rounded to nearest or, of 16 bits and with odd seeds, stochastically. The weight is a part of a tensor."""
+    """Merges into a part of a tensor, rounding to nearest or, for 16-bit weights and odd seeds, stochastically."""
     torch.manual_seed(seed % 2**32)
     rounding = seed if seed % 2 and dtype.itemsize == 2 else None
     whole = torch.zeros(rows + 2, cols + 2 * padding, dtype=dtype)

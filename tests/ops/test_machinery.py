@@ -84,7 +84,7 @@ def test_a_backward_returns_only_what_is_asked(op, output_mask):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "mask" in good_call(op)])
 def test_a_saved_mask_may_lie_at_any_byte(op, dtype):
-    """Whoever stores what the forward saved may pack it with other tensors: kernels read words of the mask."""
+    """Moves the mask to an odd address, where saved tensors that are packed together can put it."""
     call = good_call(op, dtypes=(dtype, dtype))
     moved = torch.zeros(call["mask"].numel() + 3, dtype=torch.uint8)[3:].view_as(call["mask"]).copy_(call["mask"])
     found, expected = (pytree.tree_leaves(op_named(op)(**one)) for one in (call | {"mask": moved}, call))
@@ -156,9 +156,9 @@ def test_export(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.name not in NARROW], ids=lambda op: op.name)
 def test_autocast_casts_as_a_linear_layer_and_keeps_the_adapter(op, dtype):
-    """To the bit what the op does with x, weight and bias of that dtype, which is that of what base layers returned.
+    """Compares a call under autocast with one whose x, weight and bias are cast before: the bits must be the same.
 
-    Gradients have the arguments' dtype.
+    Gradients keep the dtypes of the arguments.
     """
     sample = op.small(leading=(6,)).with_dropout(0.3 if op.has_dropout else 0.0)
     call, narrow, grads = sample.call, sample.call, [grad.to(dtype) for grad in sample.grads]

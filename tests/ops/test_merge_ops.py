@@ -74,7 +74,7 @@ def test_a_record_that_shares_memory_with_a_weight_is_refused():
 
 
 def test_more_rows_or_columns_than_the_kernels_count():
-    """Of fake tensors."""
+    """Uses tensors on the meta device, since real ones would take gigabytes."""
     for rows, columns in ((2**30 + 1, 0), (0, 2**30 + 1)):
         layer = [[torch.empty(shape, device="meta")] for shape in ((rows, columns), (2, columns), (rows, 2))]
         with pytest.raises(ValueError, match=r"weights\[0\] has shape .*, want at most 2\*\*30 rows and columns"):

@@ -31,7 +31,7 @@ def results(ops, sample: Sample, dropout_p: float = 0.0, wanted: list[bool] | No
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (F32, BF16)], ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_results_are_those_of_the_kernels(name, dtypes, dropout_p):
-    """Which read nothing of other groups' factors: those are NaN in some samples."""
+    """Also compares samples in which the factors that no row may read are NaN."""
     sample = SAMPLES[name](dtypes)
     found, expected = results(PLAIN, sample, dropout_p), results(OURS, sample, dropout_p)
     assert len(found) == len(expected)

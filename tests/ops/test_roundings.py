@@ -1,4 +1,4 @@
-"""A 16-bit number and an update that ends halfway to the next one round to the even one, else to the nearer."""
+"""Tests that a 16-bit sum is rounded to the nearest number, and to the even one halfway between two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def added(numbers: Tensor, update: Tensor) -> Tensor:
 
 
 def biased(numbers: Tensor, update: Tensor) -> Tensor:
-    """The update is a product of a frozen weight."""
+    """Adds the update as the product by a frozen weight, with the numbers as its bias."""
     one, weight = torch.ones(1, 1, dtype=numbers.dtype), update[:, None].to(numbers.dtype)
     return functional.lora_linear(one, weight, numbers, 0 * one, 0 * weight, 1.0)[0]
 

@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 class Packed(nn.Module):
-    """A linear layer as other libraries replace it: no nn.Linear, and no weight."""
+    """Stands for a quantised linear layer of another library, which is no nn.Linear and has no weight."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compares results with plain PyTorch's, and knows what a layer keeps and adds, for tests of ops and of layers."""
+"""Compares results with plain PyTorch's, and measures what autograd keeps of a layer, for tests of ops and layers."""
 
 from __future__ import annotations
 

@@ -110,7 +110,8 @@ def answer(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def snapshot(subject: nn.Module | Path) -> dict[str, Any]:
     """Records everything that a refused operation must not change.
 
-    Of a model its modules, flags, values and attributes; of a directory the files below it, and what was to become one.
+    For a model: its modules, flags, values and names of attributes. For a directory: the files below it, and the
+    unfinished directories that a save has left.
     """
     if isinstance(subject, Path):
         paths = [path for path in subject.rglob("*") if path.is_file() or path.suffix == ".unfinished"]

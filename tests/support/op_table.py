@@ -590,7 +590,8 @@ HAVE_KERNELS = [
     for name in REGISTERED
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
 ]
-# Forms of ops: merges that round stochastically, and those for base layers that were called.
+# Suffixes of an op's name for two other ways to call it: merges that round stochastically, and ops that get the outputs
+# of base layers in place of their weights.
 WITH_DRAWS, OF_BASES = " with draws", " of bases"
 HAVE_KERNELS += [f"{name}{WITH_DRAWS}" for name in HAVE_KERNELS if "merge" in name]
 HAVE_KERNELS += [

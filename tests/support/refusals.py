@@ -337,7 +337,7 @@ def file_of(**options: Any) -> dict[str, Any]:
     return {"directory": lambda path: adapter_of_net(path / "other", **options)}
 
 
-# What neither merge nor merge_and_unload merges: changes of the arguments, the error, words.
+# Calls that merge and merge_and_unload must both refuse: changed arguments, the error's type, and part of its text.
 NOT_MERGED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"calibration": []}, ValueError, "FUNCTION: calibration runs the model with its active adapters"),
     ({"adapter_names": None, "calibration": []}, ValueError, "FUNCTION: calibration is for quantised weights, and non"),
