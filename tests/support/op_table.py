@@ -180,13 +180,14 @@ def assert_as_good_as_plain(
 ) -> None:
     """Checks that errors against float64 are at most twice those of plain PyTorch at the same dtypes.
 
-    Several samples are judged by their joint error, until each result has two hundred elements. ``names``: of the
-    arguments with gradients; None: all.
+    Several samples are judged by their joint error, until each result has 64 elements, and 200 if one has a single
+    element, whose error is often zero. ``names``: of the arguments with gradients; None: all.
     """
     dropout_p = dropout_p if op.has_dropout else 0.0
     samples = [make(dtypes).with_dropout(dropout_p, seed)]
     if smallest := samples[0].smallest():
-        samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(199 // smallest)]
+        wanted = 200 if smallest == 1 else 64
+        samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range((wanted - 1) // smallest)]
     compared = []
     for sample in samples:
         leaves = [place for place in op.leaves(sample) if names is None or place[0] in names]
@@ -412,7 +413,7 @@ OF_SIBLINGS = [
     ((1, 1), ((1, 1), (1, 1))),
     ((1, 64), ((48, 8), (48, 8), (48, 8))),
     ((2, 256), ((256, 16), (64, 16), (384, 5))),
-    ((7, 5), ((3, 2), (130, 3), (1, 1))),
+    ((7, 5), ((3, 2), (130, 3), (2, 1))),
     ((33, 64), ((48, 17), (64, 16))),
     ((70, 97), ((131, 8), (64, 3), (5, 17))),
     ((70, 97), ((131, 40), (5, 30))),  # many ranks together, few in each layer
