@@ -30,7 +30,11 @@ def dtypes_id(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     return f"{dtypes[0]}-{dtypes[1]}".replace("torch.", "")
 
 
-of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+NOT_QUICK = [DTYPES[i] for i in (0, 4, 6, 7)]
+"""Left out by make test-quick: they run the same code, compiled for them."""
+of_dtypes = pytest.mark.parametrize(
+    "dtypes", [pytest.param(pair, marks=[pytest.mark.full] * (pair in NOT_QUICK)) for pair in DTYPES], ids=dtypes_id
+)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
