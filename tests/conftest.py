@@ -147,5 +147,5 @@ def _seed(request: pytest.FixtureRequest) -> None:
     seed = zlib.crc32(request.node.nodeid.encode())
     if request.config.getoption("--device") == "cuda":
         torch.manual_seed(seed)
-    else:  # torch.manual_seed also keeps three stack traces for devices that are not in use: half a millisecond
+    else:  # torch.manual_seed also formats the stack for each kind of device that is not in use: 0.3 ms or more
         torch.default_generator.manual_seed(seed)

@@ -30,10 +30,15 @@ def dtypes_id(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     return f"{dtypes[0]}-{dtypes[1]}".replace("torch.", "")
 
 
-NOT_QUICK = [DTYPES[i] for i in (0, 4, 6, 7)]
-"""Left out by make test-quick: they run the same code, compiled for them."""
+# Those of make test-quick.
+QUICK = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
 of_dtypes = pytest.mark.parametrize(
-    "dtypes", [pytest.param(pair, marks=[pytest.mark.full] * (pair in NOT_QUICK)) for pair in DTYPES], ids=dtypes_id
+    "dtypes", [pytest.param(pair, marks=[pytest.mark.full] * (pair not in QUICK)) for pair in DTYPES], ids=dtypes_id
 )
 
 
