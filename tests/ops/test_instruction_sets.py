@@ -70,7 +70,7 @@ def test_base_products(who):
 
 
 # Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares, and of lora_shrink.
-OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta or siblings or bottleneck)"
+OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta or siblings or bottleneck or hundreds)"
 
 # Dtypes of x whose product is PyTorch's in any case.
 OTHER_DTYPES = "-float16- or -float64-"

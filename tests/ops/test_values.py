@@ -6,6 +6,7 @@ memory which is read before it is written, or beside an argument, and results th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fuzz.worker import is_sanitized
 from support import op_table
-from support.layers import DTYPES, of_dtypes, rounds_factors, with_threads
+from support.layers import DTYPES, QUICK, dtypes_id, of_dtypes, rounds_factors, with_threads
 from support.op_table import (
     DOUBLE,
     FLOAT,
@@ -35,7 +36,6 @@ from support.op_table import (
 )
 from support.properties import given, settings, st
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -45,14 +45,18 @@ MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one
 SOMETIMES = ("lora_delta_", "lora_linear_siblings", "lora_delta_siblings", "bottleneck", "hundreds of groups")
 
 
+@functools.cache
+def of_nan() -> Sample:
+    sample = op_table.siblings(size=((64, 200), ((300, 20), (300, 20), (300, 20)))).with_dropout(0.3)
+    sample.call["x"].fill_(torch.nan)
+    return sample
+
+
 @pytest.fixture
 def _poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
-        spoiled = op_table.siblings(size=((64, 200), ((300, 20), (300, 20), (300, 20)))).with_dropout(0.3)
-        spoiled.call["x"].fill_(torch.nan)
-        op = OPS["lora_linear_siblings"]
-        results(op.run, spoiled, op.leaves(spoiled))
+        OPS["lora_linear_siblings"].results(of_nan())
         yield
     finally:
         torch.use_deterministic_algorithms(False)
@@ -65,7 +69,7 @@ def amid_nan(sample: Sample) -> Sample:
         memory = tensor.new_full((tensor.numel() + 128,), torch.nan if tensor.is_floating_point() else -7)
         return memory[64:-64].view(tensor.shape).copy_(tensor)
 
-    return Sample(*pytree.tree_map_only(Tensor, placed, (sample.call, sample.grads)))
+    return sample.mapped(placed)
 
 
 @pytest.mark.pairs
@@ -88,7 +92,7 @@ def test_values_and_gradients(name, sample, dtypes, dropout_p):
 
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.full
-@of_dtypes
+@pytest.mark.parametrize("dtypes", QUICK, ids=dtypes_id)
 @each_op
 def test_sizes_of_zero(op, dtypes):
     """An empty tensor has a null pointer, which must not mean "no tensor", whichever gradients are wanted."""
