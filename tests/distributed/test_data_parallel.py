@@ -19,7 +19,7 @@ from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unme
 from lora_ext.adapters import adapter_names, set_adapter, trainable_parameter_counts
 from lora_ext.integrations.peft import accelerate
 
-pytestmark = pytest.mark.cpu_only("processes with gloo")
+pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
 
 def _masks(rank: int, way: str) -> list[Tensor]:
@@ -37,7 +37,6 @@ def _masks(rank: int, way: str) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_dropout_masks_differ_between_ranks_and_repeat_by_seed(ranks, way):
     first, second = ranks(2, _masks, way)

@@ -23,7 +23,7 @@ from lora_ext import LoraConfig, inject
 from lora_ext.adapters import input_groups, set_adapter, unload
 from lora_ext.integrations.peft import accelerate
 
-pytestmark = pytest.mark.cpu_only("processes with gloo")
+pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
 STEPS, PARTS = 2, 2  # optimiser steps, and batches that DDP accumulates in each
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj", "embed_tokens"]}
@@ -86,8 +86,10 @@ WAYS = {
     "peft": of_peft,
     "shared inputs": shared_and_alone,
 }
-QUICK = [("inject", "DDP", None, {}), ("peft", "DDP", None, {}), ("inject", "DDP", True, {})]
 CASES = [
+    ("inject", "DDP", None, {}),
+    ("peft", "DDP", None, {}),
+    ("inject", "DDP", True, {}),
     ("inject", "DDP", False, {}),
     ("one block", "compiled DDP", None, {}),
     ("shared inputs", "DDP", None, {}),
@@ -108,7 +110,6 @@ CASES = [
     ("inject", "FSDP2 whole", None, {}),
     *[("dora", engine, None, {}) for engine in ("DDP", "FSDP2 ", "FSDP2 layer", "FSDP2 adapter")],
 ]
-CASES = QUICK + [pytest.param(*case, marks=pytest.mark.full) for case in CASES]
 
 
 def _train(rank: int, way: str, engine: str, checkpointing: bool | None, options: dict[str, Any]) -> None:
@@ -191,6 +192,6 @@ def _one_of_several(rank: int, engine: str) -> None:
         assert_same(gradients, {key: p.grad for key, p in trained(alone).items()})
 
 
-@pytest.mark.parametrize("engine", ["DDP", pytest.param("FSDP2 ", marks=pytest.mark.full)])
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2 "])
 def test_switching_adapters(ranks, engine):
     ranks(2, _one_of_several, engine)

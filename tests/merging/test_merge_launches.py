@@ -89,6 +89,7 @@ assert not any(map(torch.equal, weights, before))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on memory")
 @pytest.mark.cpu_only("limits the CPU's memory")
 @pytest.mark.parametrize("free", [16, 80, 120])  # MiB, below 2 * 64
