@@ -108,7 +108,7 @@ fuzz: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUNCTIONS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
 
 soak: $(VENV)/.test $(VENV)/.built
-	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
+	SOAK_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -s tests/adapters/test_pool_soak.py
 
 # Tests that pass with PEFT must pass with our layers in place of PEFT's. Without PEFT_SOURCE: those of the installed
 # release, from its source distribution, which lacks the file that makes them a package.

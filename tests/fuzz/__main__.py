@@ -31,7 +31,7 @@ def main() -> int:
     arguments = parser.parse_args()
     functions = arguments.functions or [""]
     for function in functions:
-        if function and not any(f".{name}".endswith(f".{function}") for name in (*NAMES, *planted.KINDS)):
+        if function and not any(f".{name}".endswith(f".{function}") for name in (*NAMES, *planted.FUNCTIONS)):
             parser.error(f"there is no function {function!r}, want some of {', '.join(NAMES)}")
     first = random.SystemRandom().randrange(1 << 40) if arguments.seed is None else arguments.seed
     found = 0

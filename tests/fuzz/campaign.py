@@ -47,8 +47,8 @@ class Campaign:
 class _Worker:
     """Runs cases in a process of its own, which it starts when there is none."""
 
-    def __init__(self, function: str, folder: str, seconds: tuple[int, int]) -> None:
-        self._arguments, self._folder = ("-m", "fuzz.worker", function, *map(str, seconds)), folder
+    def __init__(self, function: str, folder: str) -> None:
+        self._arguments, self._folder = ("-m", "fuzz.worker", function), folder
         self._process: subprocess.Popen | Forked | None = None
         self._errors: IO[str]
 
@@ -89,18 +89,10 @@ class _Worker:
         return code, self._errors.read()[-20000:]
 
 
-def run(
-    function: str,
-    cases: int,
-    seed: int = 0,
-    only: Sequence[str] | None = None,
-    seconds: tuple[int, int] = (30, 120),
-    shrink: bool = True,
-) -> Campaign:
+def run(function: str, cases: int, seed: int = 0, only: Sequence[str] | None = None) -> Campaign:
     """Runs calls of a function ("": any) until one finds something, which is then made as small as it can be.
 
-    ``cases``: their number. ``only``: kinds of findings to report. ``seconds``: limits of a case, of processor time
-    because other processes can delay this one, and of time for a case that waits.
+    ``cases``: their number. ``only``: kinds of findings to report.
     """
     campaign = Campaign()
     again = f"PYTHONPATH=tests python -m fuzz {function} --seed {seed} --cases {cases}"
@@ -108,14 +100,14 @@ def run(
     kinds: dict[str, type[Exception]] = {}  # of one class each, which hypothesis tells apart
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        worker = _Worker(function, folder, seconds)
+        worker = _Worker(function, folder)
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
             max_examples=cases,
             database=None,
             deadline=None,
-            phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(st.binary(min_size=2 * _NUMBERS, max_size=2 * _NUMBERS))

@@ -1,4 +1,4 @@
-"""Runs the fuzzer from fixed seeds, and checks that it finds each kind of planted bug."""
+"""Runs the fuzzer from fixed seeds, and checks that it reports what it finds and survives a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed; make test installs it")
 
-from fuzz import calls, campaign, planted
+from fuzz import calls, campaign
 from fuzz.__main__ import main as fuzz_command
 
 pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
@@ -23,12 +23,6 @@ def test_nothing_is_found(function, request):
     assert function == name
     wanted = outcomes["compared" if name.startswith(calls.FUNCTION) else "accepted"]
     assert wanted >= 0.15 * cases or name.endswith("lora_merge_check"), result.table()  # it has no kernel on the CPU
-
-
-@pytest.mark.parametrize("name", planted.KINDS)
-def test_a_planted_bug_is_found(name):
-    result = campaign.run(name, cases=20, seconds=(1, 3), shrink=False)
-    assert planted.KINDS[name][0] in [text.partition(":")[0] for text in result.found], result.table()
 
 
 def test_the_reported_call_is_small_and_its_command_finds_it_again(monkeypatch, capfd):

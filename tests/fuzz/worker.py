@@ -1,6 +1,6 @@
 """A process that runs the cases whose numbers come on its standard input, a list a line.
 
-    python -m fuzz.worker FUNCTION PROCESSOR_SECONDS CLOCK_SECONDS
+    python -m fuzz.worker FUNCTION
 
 Answers each with two lines of JSON: the function and the call in words, before it runs; then the outcome. The kernel
 ends the process at a case that crashes, takes all memory, computes for too long or waits for too long.
@@ -25,6 +25,8 @@ POISON = 0xFE
 """Value of every byte of new memory; malloc_fill_byte sets it under a sanitizer."""
 _M_PERTURB = -6  # of malloc.h
 _ADDRESS_SPACE = 2 << 30  # bytes beyond python and torch; larger requests are refused
+# Of a case: processor time because other processes can delay this one, and time for a case that waits.
+_PROCESSOR_SECONDS, _CLOCK_SECONDS = 30, 120
 
 
 def is_sanitized() -> bool:
@@ -55,7 +57,7 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    function, processor_seconds, clock_seconds = sys.argv[1], *map(int, sys.argv[2:])
+    function = sys.argv[1]
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keeps printed text out of the replies
     warnings.simplefilter("ignore")
@@ -72,8 +74,8 @@ def main() -> None:
     for line in sys.stdin:
         numbers = json.loads(line)
         used = int(time.process_time()) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds, resource.RLIM_INFINITY))
-        signal.alarm(clock_seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (used + _PROCESSOR_SECONDS, resource.RLIM_INFINITY))
+        signal.alarm(_CLOCK_SECONDS)
         call = make(function, numbers)
         out.write(json.dumps([call.function, call.text()]) + "\n")
         outcome = judge.confirmed(judge.run(call), function, numbers)

@@ -1,24 +1,21 @@
-"""Threads use the adapters of one pool at random, while others load and evict them.
-
-    PYTHONPATH=tests python -m soak [--seconds 600] [--threads 8] [--adapters 100] [--slots 40] [--seed 0]
+"""Threads use the adapters of one pool at random, while others load and evict them: ``make soak`` for ten minutes.
 
 Every result equals that of the adapter used alone, only planted errors occur, and memory does not grow.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import os
 import random
 import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from support.models import VOCABULARY, llama
 from torch import Tensor
@@ -131,15 +128,13 @@ def _usage() -> tuple[int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600)
-    for name, value in (("threads", 8), ("adapters", 100), ("slots", 40), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), args.adapters, args.slots)
-        soak.run(args.seconds, args.threads, args.seed)
-    print(f"{sum(soak.done.values())} actions: {dict(soak.done)}", soak.pool.stats(), *soak.errors, sep="\n")
-    return 1 if soak.errors else 0
+@pytest.mark.full
+def test_threads_and_adapters_for_a_while(tmp_path):
+    soak, before = Soak(tmp_path, adapters=60, slots=34), torch.get_num_threads()
+    torch.set_num_threads(1)  # each
+    soak.run(float(os.environ.get("SOAK_SECONDS", 3)))
+    torch.set_num_threads(before)
+    stats = soak.pool.stats()
+    print(dict(soak.done), stats)
+    assert not soak.errors
+    assert set(soak.done) == set(ACTIONS) and stats.evictions > 10 and stats.hits > 10

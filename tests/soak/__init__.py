@@ -1,1 +1,0 @@
-"""Many threads, many adapters, for a long time."""
