@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from safetensors.torch import load_file, save_file
+from support.checkpoint_files import edit_config, edit_tensors
 from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, set_adapter
 from lora_ext.adapters import adapter_names, delete_adapter, merge_and_unload, rename_adapter, unload
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def test_rows_are_those_of_the_adapter_alone(base, root):
@@ -95,10 +98,10 @@ def test_16_bit_models_and_factors(base, root, dtype):
     ],
 )
 def test_a_config_may_name_the_layers_in_any_way(base, root, name, options, lacks):
-    x, path, weights = torch.randn(1, 6), root / name / "adapter_config.json", root / name / "adapter_model.safetensors"
-    expected, tensors = expected_rows(base, root, [name], x), load_file(weights)
-    save_file({key: tensor for key, tensor in tensors.items() if not any(part in key for part in lacks)}, weights)
-    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    x = torch.randn(1, 6)
+    expected = expected_rows(base, root, [name], x)
+    edit_tensors(root / name, lambda tensors: {k: tensors[k] for k in tensors if not any(part in k for part in lacks)})
+    edit_config(root / name, **options)
     expected = expected_rows(base, root, [name], x) if lacks else expected
     model = copy.deepcopy(base)
     pool_of(model, root)
@@ -209,62 +212,52 @@ def test_unknown_names(base, root, tmp_path):
 
 
 A, B = "base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"
-OTHER_PARTS = {
-    "modules_to_save": ["head"],
-    "trainable_token_indices": [1],
-    "target_parameters": ["head.weight"],
-    "lora_bias": True,
-    "use_dora": True,
-    "bias": "lora_only",
-}
-BROKEN = {
-    "truncated": "adapter_model.safetensors",
-    "no config": "adapter_config.json",
-    "rank": "rank of head: 5, above the pool's 4",
-    "another base": f"unexpected key: {A.replace('head', 'classifier')}",
-    "another size": f"shape of {A}: [1, 12] in the file, [1, 6] in the model",
-    "half": f"missing key: {A}",
-    "layer": f"missing key: {A}",
-    "not named": f"unexpected key: {A}",
-    "integers": f"dtype of {A}: torch.int64",
-    **{option: f"{option}: a pool holds low-rank updates of linear layers" for option in OTHER_PARTS},
-}
 
 
-def broken(root: Path, how: str) -> None:
-    """Makes a copy of n0 that does not fit the pool."""
-    path = root / "broken"
-    shutil.copytree(root / "n0", path)
-    weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
-    tensors, values = load_file(weights), json.loads(config.read_text())
-    if how == "rank":
-        tensors = {k: torch.cat([t] * 5, dim=0 if "lora_A" in k else 1) for k, t in tensors.items()}
-        values["r"] = 5
-    elif how == "another base":
-        tensors = {k.replace("head", "classifier"): t for k, t in tensors.items()}
-    elif how == "another size":
-        tensors[A] = tensors[A].repeat(1, 2)
-    elif how in ("half", "layer"):
-        tensors = {k: t for k, t in tensors.items() if k != A and (k != B or how == "half")}
-    elif how == "not named":
-        values["target_modules"] = ["up"]
-    elif how == "integers":
-        tensors[A] = tensors[A].to(torch.int64)
-    elif how in OTHER_PARTS:
-        values[how] = OTHER_PARTS[how]
-    save_file({k: t.contiguous() for k, t in tensors.items()}, weights)
-    config.write_text("{" if how == "no config" else json.dumps(values))
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-9])
+def put(change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda tensors: tensors | {A: change(tensors[A])}
+
+
+def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.cat([t] * 5, 0 if "lora_A" in key else 1) for key, t in tensors.items()}
+
+
+# What changes in a copy of n0, tensors and config, and what the error says.
+BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "rank": (wider, {"r": 5}, "rank of head: 5, above the pool's 4"),
+    "another base": (
+        lambda tensors: {key.replace("head", "classifier"): t for key, t in tensors.items()},
+        *({}, f"unexpected key: {A.replace('head', 'classifier')}"),
+    ),
+    "another size": (put(lambda t: t.repeat(1, 2)), {}, f"shape of {A}: [1, 12] in the file, [1, 6] in the model"),
+    "half": (lambda tensors: {key: t for key, t in tensors.items() if key != A}, {}, f"missing key: {A}"),
+    "layer": (lambda tensors: {key: t for key, t in tensors.items() if key not in (A, B)}, {}, f"missing key: {A}"),
+    "not named": (dict, {"target_modules": ["up"]}, f"unexpected key: {A}"),
+    "integers": (put(lambda t: t.to(torch.int64)), {}, f"dtype of {A}: torch.int64"),
+    **{
+        option: (dict, {option: value}, f"{option}: a pool holds low-rank updates of linear layers")
+        for option, value in {
+            "modules_to_save": ["head"],
+            "trainable_token_indices": [1],
+            "target_parameters": ["head.weight"],
+            "lora_bias": True,
+            "use_dora": True,
+            "bias": "lora_only",
+        }.items()
+    },
+}
 
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_adapters_that_do_not_fit(base, root, how):
-    broken(root, how)
+    change, options, text = BROKEN[how]
+    shutil.copytree(root / "n0", root / "broken")
+    edit_tensors(root / "broken", change)
+    edit_config(root / "broken", **options)
     model, x = copy.deepcopy(base), torch.randn(3, 6)
     pool = pool_of(model, root, 4)
     expected = model(x, adapter_names=["n0", "n1", "n1"])
-    with refused(model, ValueError, "AdapterPool: ", BROKEN[how]):
+    with refused(model, ValueError, "AdapterPool: ", text):
         model(x, adapter_names=["n0", "broken", "n2"])
     assert model._lora_adapters.active.running.choice is None and pool.stats().in_use == 0
     assert sorted(pool.resident()) == ["n0", "n1"]

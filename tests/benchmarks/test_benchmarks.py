@@ -1,22 +1,16 @@
 """Runs the benchmarks from end to end at small sizes, and draws them; their figures here mean nothing."""
 
-import dataclasses
 import functools
 import importlib
-import json
-from collections import Counter
-from pathlib import Path
 
 import bench_finetune
 import bench_grouped
 import bench_host
 import bench_inject
-import bench_kernels
 import bench_merge
 import bench_offline_merge
 import bench_rows
 import plots
-import predictions
 import pytest
 import run_all
 import torch
@@ -24,8 +18,6 @@ from harness import contestants, own_process, report
 from support import tiny_decoder
 from support.optional import datasets, matplotlib, trl  # noqa: F401
 from support.tiny_classifier import reviews, save_model, save_reviews
-
-from lora_ext import _C
 
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
@@ -145,6 +137,11 @@ def test_a_contestant_that_computes_something_else_is_not_timed(run, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_scripts_of_the_whole_run_can_be_imported():
+    for script, *_ in run_all.SCRIPTS.values():
+        assert importlib.import_module(script.removesuffix(".py")).main
+
+
 def test_pictures_are_drawn_from_the_results(run, tmp_path):
     run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     (path,) = plots.draw(tmp_path, "cpu")
@@ -152,45 +149,3 @@ def test_pictures_are_drawn_from_the_results(run, tmp_path):
     assert path.suffix == ".svg" and "3 x 40 → 8" in picture and plots.COLOURS["peft"].lower() in picture
     assert "#000000" not in picture  # readable on black
     assert plots.draw_machines(tmp_path) == []
-
-
-def test_the_picture_of_several_machines_has_their_ratios(tmp_path):
-    row = {"pass": "forward + backward", "dropout": 0.1, "shape": [512, 768, 768], "dtype": "float32"}
-    for folder, ratio in (("amd_epyc", 1.25), ("intel_xeon", 2.5)):
-        (tmp_path / folder).mkdir()
-        rows = [row | {"ratio": {"lora_ext": [ratio] * 3, "peft": [3.75] * 3}}]
-        (tmp_path / folder / "layer_cpu.json").write_text(json.dumps({"rows": rows}))
-    (path,) = plots.draw_machines(tmp_path)
-    picture = path.read_text(encoding="utf-8")
-    assert path.name == "layers.svg" and all(number in picture for number in ("1.25", "2.50", "3.75", "dropout 0.1"))
-
-
-def test_the_whole_run_names_scripts_that_exist():
-    assert all((Path(run_all.__file__).parent / command[0]).is_file() for command in run_all.SCRIPTS.values())
-
-
-WIDE = dataclasses.replace(predictions.MAIN, rank=256)
-
-
-@pytest.mark.parametrize("wide_factors", [True, False])
-@pytest.mark.parametrize("case", [predictions.MAIN, WIDE, predictions.DOWN, *predictions.DECODING], ids=str)
-def test_the_kernels_of_a_plan_are_those_of_the_predicted_stages(case, wide_factors):
-    """Sorts the kernels of a plan into stages as bench_kernels.py does, by their names, and counts each stage."""
-    tokens, in_features, out_features = case.shape
-    layer, factors = [(out_features, case.rank)], "float32" if wide_factors else "bfloat16"
-    options = {"factor_dtype": factors, "dropout": case.dropout > 0}
-    steps = predictions.steps_of([case], True, wide_factors)
-    for phase, plan, stages_of in (
-        ("forward", _C.plan_forward, bench_kernels.forward_stages),
-        ("backward", _C.plan_backward, bench_kernels.backward_stages),
-    ):
-        launches = plan(tokens, in_features, layer, **options).launches
-        kernels = [f"void lora_ext::cuda::mma::{launch.kernel}_kernel<__nv_bfloat16, 1>(Params)" for launch in launches]
-        assert all(map(bench_kernels.is_ours, kernels))
-        predicted = {s.name: s.launches for s in steps if s.phase == phase and s.skinny}
-        found = Counter(stages_of(kernels))
-        assert found == predicted if case is not WIDE else found.keys() == predicted.keys()
-
-
-def test_the_document_has_the_predictions():
-    assert predictions.document_part() in predictions.DOCUMENT.read_text(), "python benchmarks/predictions.py --write"

@@ -121,17 +121,9 @@ def test_the_page_loads_nothing(page):
     """And runs nothing; the browser below shows that its policy forbids both."""
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len({*ids}) == 5
-    shapes = [shape for shape in drawn(page) if shape.tag.startswith("{http://www.w3.org/2000/svg}")]
-    assert len(shapes) > 500 and not {"script", "link", "iframe", "object"} & ({*dict(page.elements)} | names(shapes))
-    assert not any("style" in attributes for _, attributes in page.elements)
-    for attributes in (*(attributes for _, attributes in page.elements), *(shape.attrib for shape in shapes)):
-        for name, value in attributes.items():
-            assert not name.startswith("on") and "://" not in value, (name, value)
-            if name.endswith(("href", "src")):
-                assert re.match(r"#|data:image/(png|svg\+xml);base64,", value), (name, value[:40])
-                assert name != "href" or value[1:] in ids or value[1:] in {shape.get("id") for shape in shapes}
-    for text in (page.style, *(shape.text or "" for shape in shapes)):
-        assert "url(" not in text and "@import" not in text
+    links = [value for _, attributes in page.elements for name, value in attributes.items() if name == "href"]
+    assert {*links} == {f"#{name}" for name in ids}
+    assert len(drawn(page)) > 500 and not {"script", "link", "iframe"} & ({*dict(page.elements)} | names(drawn(page)))
     (policy,) = [attributes["content"] for _, attributes in page.elements if attributes.get("http-equiv")]
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
     assert policy == (

@@ -84,10 +84,6 @@ class Library:
         """Frees device memory and forgets reports. schedule: 0 runs threads in order, others shuffle them."""
         self.c.simt_reset(schedule)
 
-    def allow_races(self) -> None:
-        """Allows races until `reset`: for garbage input, with which a kernel only promises where it does not write."""
-        self.c.simt_allow_races()
-
     def reports(self) -> list[Report]:
         found = []
         for kind, text, kernel, block, thread, place in _lines(self.c.simt_report):
