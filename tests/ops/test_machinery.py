@@ -29,7 +29,6 @@ from support.op_table import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
 
@@ -193,7 +192,7 @@ def test_meta_tensors(op):
     assert all(y.is_meta and y.shape == grad.shape for y, grad in zip(ys, sample.grads, strict=True))
 
 
-# --- modes, threads, recomputing --------------------------------------------------------------------------------------
+# --- modes and threads ------------------------------------------------------------------------------------------------
 
 MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
@@ -215,27 +214,6 @@ def test_without_gradients_nothing_is_kept(op, mode):
         ys = op.run(**call)
     assert all(y.grad_fn is None and not y.requires_grad for y in ys)
     assert_bits({f"result {i}": y for i, y in enumerate(ys)}, expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@each_op
-def test_checkpointing_recomputes_the_same_mask(op, reentrant):
-    """Also where the mask is drawn: the generator's state is restored."""
-    sample, dropout = op.small(), {"dropout_p": 0.5} if op.has_dropout else {}
-    places, call, leaves = op.leaves(sample), sample.call, []
-    for place in places:
-        leaves.append(entry_of(call, *place).detach().clone().requires_grad_())
-        call = with_entry(call, *place, leaves[-1])
-    values, names = pytree.tree_flatten(call)
-
-    def run(*values):
-        return tuple(op.run(**pytree.tree_unflatten(values, names), **dropout))
-
-    torch.manual_seed(4)
-    expected = torch.autograd.grad(run(*values), leaves, sample.grads)
-    torch.manual_seed(4)
-    torch.autograd.backward(checkpoint(run, *values, use_reentrant=reentrant), sample.grads)
-    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
 
 
 @each_op

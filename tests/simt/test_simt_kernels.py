@@ -65,7 +65,7 @@ def changed(make: Callable[[Dtypes], Sample], change: Callable[[Tensor], Tensor]
         (name, sample)
         for name in HAVE_KERNELS
         for sample in OPS[name].samples
-        if not sample.endswith(("1, 1)", "1, 1)))", "(130, 3)))", "hundreds of groups"))  # take seconds
+        if not sample.endswith(("(130, 3)))", "hundreds of groups"))  # take seconds
     ],
 )
 def test_values_and_gradients(name, sample, dtypes, dropout_p):

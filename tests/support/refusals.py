@@ -170,6 +170,10 @@ MORE = {
     **{"lora_dropout": 0.1, "use_rslora": False, "init_lora_weights": True, "lora_bias": False, "shapes": None},
     **{"dtype": torch.float32, "device": "cpu"},
 }
+OF_AN_INJECTED_MODEL = (
+    *(adapters.adapter_names, adapters.adapter_status, adapters.lora_modules, adapters.input_groups, adapters.unload),
+    *(adapters.trainable_parameter_counts, adapters.merge_errors, adapters.disable_adapters),
+)
 BASES = {
     layers.LoraLinear: nn.Linear(6, 4),
     layers.DoraLinear: nn.Linear(6, 4),
@@ -217,13 +221,8 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
         "dtype": None,
     },
     # adapters
-    adapters.adapter_names: lambda _: {"model": injected()},
-    adapters.adapter_status: lambda _: {"model": injected()},
-    adapters.lora_modules: lambda _: {"model": injected()},
-    adapters.input_groups: lambda _: {"model": injected()},
-    adapters.trainable_parameter_counts: lambda _: {"model": injected()},
+    **{function: lambda _: {"model": injected()} for function in OF_AN_INJECTED_MODEL},
     adapters.merge_record_bytes: lambda _: {"model": merged()},
-    adapters.merge_errors: lambda _: {"model": injected()},
     adapters.set_adapter: lambda _: {"model": injected(), "names": ["a"], "trainable": False},
     adapters.add_weighted_adapter: lambda _: {
         "model": injected(),
@@ -235,14 +234,12 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     },
     adapters.delete_adapter: lambda _: {"model": injected(), "name": "a"},
     adapters.rename_adapter: lambda _: {"model": injected(), "old": "a", "new": "c"},
-    adapters.disable_adapters: lambda _: {"model": injected()},
     adapters.hotswap_adapter: lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
     adapters.prepare_hotswap: lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
     # merging
     merge: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None} | NEAREST,
     unmerge: lambda _: {"model": merged(), "adapter_names": ["a"]},
     adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None} | NEAREST,
-    adapters.unload: lambda _: {"model": injected()},
     # methods
     methods.new_method: lambda _: {"name": "adapter-h", "bottleneck_size": 4},
     methods.option_names: lambda _: {"name": "adapter-h"},
@@ -301,16 +298,10 @@ CALLS = [Call(function, arguments) for function, arguments in GOOD.items()]
 MERGED = "merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"
 TAKEN = "exists already; the adapters are ['a', 'b']. Choose another name, or delete_adapter"
 NO_ADAPTER = "no adapter 'x'; the adapters are ['a', 'b']"
-BARE = {"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it"
 NO_LAYER = {"model": Net()}, ValueError, "FUNCTION: Net has no LoRA layer; call inject(model, config) first"
-DISABLED = {"model": disabled}, RuntimeError, "the adapters are disabled"
 NONE_ACTIVE = {"model": disabled, "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"
 NO_NAMES = {"adapter_names": []}, ValueError, "FUNCTION: adapter_names is empty; name at least one adapter"
 NO_NAME = {"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"
-NET = {"model": Net()}, TypeError, "Net (model type None) is not supported; supported are Transformers' models of"
-NO_METHOD = {"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"
-RANK_0 = {"r": 0}, ValueError, "FUNCTION: r is 0, want at least 1"
-BIAS = {"lora_bias": True}, ValueError, "FUNCTION: lora_bias is True"
 TWO_ACTIVE = {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None}
 NO_CONFIG = {"directory": lambda path: damaged(path, "adapter_config.json", b"{")}
 NO_WEIGHTS = {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")}
@@ -370,8 +361,37 @@ NOT_MERGED: list[tuple[dict[str, Any], type[Exception], str]] = [
 OTHERS = LoraConfig(target_modules=["original_module", "head"]), LoraConfig(target_modules=["lora_A"])
 FEW_DIRECTIONS = {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)}
 
+ADAPTERS_OF_FACTORS = layers.LoraAdapter, layers.EmbeddingAdapter, layers.PackedAdapter, layers.DoraAdapter
+CHANGES = adapters.delete_adapter, adapters.rename_adapter, adapters.hotswap_adapter, adapters.prepare_hotswap
+COMBINE, ACTIVATE, DISABLE = adapters.add_weighted_adapter, adapters.set_adapter, adapters.disable_adapters
+OF_METHODS = methods.apply_method, methods.prepare_method, methods.set_pooling, methods.load_method
+# Calls that several functions must refuse.
+SHARED: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exception], str]] = [
+    (
+        (save_adapter, ACTIVATE, COMBINE, DISABLE, *CHANGES),
+        *({"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it"),
+    ),
+    (
+        (ACTIVATE, COMBINE, *CHANGES[:2], adapters.merge_and_unload, adapters.unload),
+        *({"model": disabled}, RuntimeError, "the adapters are disabled"),
+    ),
+    ((load_adapter, AdapterPool, COMBINE), {"model": merged}, RuntimeError, MERGED),
+    (CHANGES, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
+    ((DISABLE, adapters.unload), {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
+    ((unmerge, adapters.unload), *NO_LAYER),
+    ((unmerge,), *NO_NAMES),
+    ((unmerge,), *NO_NAME),
+    (OF_METHODS, {"model": Net()}, TypeError, "Net (model type None) is not supported; supported are Transformers' mo"),
+    (
+        (methods.remove_method, methods.save_method),
+        *({"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"),
+    ),
+    (ADAPTERS_OF_FACTORS, {"r": 0}, ValueError, "FUNCTION: r is 0, want at least 1"),
+    (ADAPTERS_OF_FACTORS[2:], {"lora_bias": True}, ValueError, "FUNCTION: lora_bias is True"),
+]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     *((take, *refusal) for take in (merge, adapters.merge_and_unload) for refusal in NOT_MERGED),
+    *((function, *refusal) for functions, *refusal in SHARED for function in functions),
     *((inject, {"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a") for bad in ("a.b", "keys", "")),
     (inject, {"model": injected}, ValueError, f"adapter 'a' {TAKEN}"),
     (inject, {"model": merged, "adapter_name": "c"}, RuntimeError, MERGED),
@@ -392,7 +412,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (inject, offloading(Net, "up", bias="all"), TypeError, "blocks.0.up.bias: bias trains it, but it is offloaded"),
     (inject, offloading(Net, target_parameters=["up.weight"]), TypeError, "its weight is offloaded; keep"),
     (inject, offloading(llama, "q_proj", trainable_token_indices=[1]), TypeError, "cannot train its rows: its weight"),
-    (save_adapter, *BARE),
     (save_adapter, {"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
     (save_adapter, {"normalise": "yes"}, TypeError, "normalise is 'yes' of type str, want True or False"),
     (save_adapter, {"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
@@ -404,7 +423,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (load_adapter, {"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
     (load_adapter, {"model": injected}, ValueError, "'c' would not train; pass activate=True"),
     (load_adapter, RANK_4, ValueError, "has r=2 but the model was injected with r=4"),
-    (load_adapter, {"model": merged}, RuntimeError, MERGED),
     (load_adapter, {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
     (AdapterPool, {"max_bytes": 100}, ValueError, "AdapterPool: max_bytes is 100, but one slot of rank 2 takes"),
     (AdapterPool, {"r": 0}, ValueError, "r is 0"),
@@ -414,13 +432,9 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (AdapterPool, {"modules_to_save": ["head"]}, TypeError, "unexpected keyword argument 'modules_to_save'"),
     (AdapterPool, {"directory": "nowhere"}, ValueError, "directory is 'nowhere', which is not a directory"),
     (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
-    (AdapterPool, {"model": merged}, RuntimeError, MERGED),
-    (adapters.set_adapter, *BARE),
     (adapters.set_adapter, {"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
     (adapters.set_adapter, {"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
     (adapters.set_adapter, {"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
-    (adapters.set_adapter, *DISABLED),
-    (adapters.add_weighted_adapter, *BARE),
     (adapters.add_weighted_adapter, {"adapters": ["a", "x"]}, KeyError, NO_ADAPTER),
     (adapters.add_weighted_adapter, {"adapters": [], "weights": []}, ValueError, "0 weights for 0 adapters; want one "),
     (adapters.add_weighted_adapter, {"weights": [1.0]}, ValueError, "1 weights for 2 adapters; want one each"),
@@ -429,65 +443,38 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
     (adapters.add_weighted_adapter, {"combination_type": "ties"}, ValueError, "want one of linear, cat, svd; for the"),
     (adapters.add_weighted_adapter, {"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least"),
-    (adapters.add_weighted_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
-    (adapters.add_weighted_adapter, {"model": merged}, RuntimeError, MERGED),
-    (adapters.delete_adapter, *BARE),
     (adapters.delete_adapter, {"name": "x"}, KeyError, NO_ADAPTER),
     (adapters.delete_adapter, {"name": "b"}, RuntimeError, "'b' is active; call set_adapter with one of ['a'], or u"),
     (adapters.delete_adapter, {"model": tied, "name": "b"}, RuntimeError, "'b' is active; call unload(model), as it"),
-    (adapters.delete_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
-    (adapters.delete_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
-    (adapters.rename_adapter, *BARE),
     (adapters.rename_adapter, {"old": "x"}, KeyError, NO_ADAPTER),
     (adapters.rename_adapter, {"new": "b"}, ValueError, f"adapter 'b' {TAKEN}"),
     (adapters.rename_adapter, {"new": ""}, ValueError, "adapter_name is '', want a name without dots"),
-    (adapters.rename_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
-    (adapters.rename_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
-    (adapters.disable_adapters, *BARE),
-    (adapters.disable_adapters, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
-    (adapters.hotswap_adapter, *BARE),
     (adapters.hotswap_adapter, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.hotswap_adapter, {"directory": lambda path: path / "none"}, FileNotFoundError, "none/adapter_config.jso"),
-    (adapters.hotswap_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
     (adapters.hotswap_adapter, RANK_1, ValueError, "does not fit the adapter 'a'"),
     (adapters.hotswap_adapter, file_of(r=3), ValueError, "blocks.0.up.lora_A.weight: [3, 6] in the file, [2, 6] in"),
     (adapters.hotswap_adapter, file_of(target_modules=["up", "head"]), ValueError, "unexpected key: base_model.model."),
     (adapters.hotswap_adapter, file_of(modules_to_save=["head"]), ValueError, "unexpected key: base_model.model.head."),
     (adapters.hotswap_adapter, file_of(lora_bias=True), ValueError, "key: base_model.model.blocks.0.up.lora_B.bias"),
-    (adapters.prepare_hotswap, *BARE),
     (adapters.prepare_hotswap, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.prepare_hotswap, {"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2; choose at least 2"),
-    (adapters.prepare_hotswap, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
     (merge, {"model": merged}, RuntimeError, f"merge: adapters are already {MERGED}"),
     (merge, {"model": with_biases}, ValueError, "the lora_bias of 'blocks.0.up' would go into a bias that 'b' trains"),
-    (unmerge, *NO_LAYER),
-    (unmerge, *NO_NAMES),
-    (unmerge, *NO_NAME),
     (unmerge, {"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
     (unmerge, {"model": injected, "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
     (unmerge, {"model": lambda: parametrized(merged())}, RuntimeError, "unmerge: the weight of 'blocks.0.up' is not "),
     (unmerge, {"model": lambda: merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
-    (adapters.merge_and_unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (adapters.merge_and_unload, {"model": of_two_sets_of_rows}, ValueError, "train rows for the tokens [1, 2]"),
-    (adapters.unload, *NO_LAYER),
-    (adapters.unload, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
-    (adapters.unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (methods.new_method, {"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
     (methods.new_method, {"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
     (methods.new_method, {"size": 4}, TypeError, "adapter-h has no option 'size'; it has"),
     (methods.option_names, {"name": "x"}, ValueError, "name is 'x', want one of full, bitfit"),
-    (methods.apply_method, *NET),
     (methods.apply_method, {"model": lambda: adapted()}, ValueError, "the model is adapted by adapter-h already"),
     (methods.apply_method, INJECTED_BERT, ValueError, "the model is injected already"),
-    (methods.prepare_method, *NET),
-    (methods.set_pooling, *NET),
     (methods.set_pooling, {"pooling": "max"}, ValueError, "pooling is 'max', want one of cls, mean"),
     (methods.set_pooling, {"model": lambda: methods.set_pooling(bert(), "cls")}, ValueError, "has the pooling 'cls' a"),
-    (methods.remove_method, *NO_METHOD),
     (methods.remove_method, MERGED_BERT, RuntimeError, "merged"),
-    (methods.save_method, *NO_METHOD),
     (methods.save_method, {"directory": lambda path: saved_method(path) / "method.json"}, OSError, "method.json"),
-    (methods.load_method, *NET),
     (methods.load_method, {"model": lambda: adapted("bitfit")}, ValueError, "call remove_method(model) first"),
     (methods.read_method, {"directory": lambda path: path / "none"}, FileNotFoundError, "none"),
     (integration.accelerate, {"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first"),
@@ -500,7 +487,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     ),
     (integration.accelerate, {"model": None, "merge_rounding": "stochastic"}, ValueError, "pass the model"),
     (integration.restore, {"model": merged_peft_model}, RuntimeError, "adapters are merged into 2 layers"),
-    (layers.LoraAdapter, *RANK_0),
     (
         layers.LoraAdapter,
         {"lora_dropout": 1.0},
@@ -518,14 +504,9 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (layers.LoraAdapter, {"lora_alpha": float("inf")}, ValueError, "FUNCTION: lora_alpha is inf, want a finite number"),
     (layers.LoraAdapter, {"init_lora_weights": "pissa"}, ValueError, "is 'pissa', want True, False or \"gaussian\""),
     (layers.LoraAdapter, {"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
-    (layers.EmbeddingAdapter, *RANK_0),
     (layers.EmbeddingAdapter, {"num_embeddings": -6}, ValueError, "num_embeddings is -6"),
-    (layers.PackedAdapter, *RANK_0),
-    (layers.PackedAdapter, *BIAS),
     (layers.PackedAdapter, {"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
     (layers.PackedAdapter, {"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, want a divisor of out_f"),
-    (layers.DoraAdapter, *RANK_0),
-    (layers.DoraAdapter, *BIAS),
     (analysis.factored_svd, {"lora_A": torch.randn(3, 6)}, ValueError, "factored_svd: lora_B has rank 2 but lora_A ha"),
     (analysis.factored_svd, {"lora_A": torch.randn(6)}, ValueError, "factored_svd: lora_A has shape [6], want 2 dimen"),
     (analysis.factored_svd, {"scaling": NAN}, ValueError, "factored_svd: lora_A, lora_B or scaling nan is not finite"),
