@@ -10,10 +10,9 @@ import peft
 import pytest
 import torch
 from support import tiny_decoder, tiny_gguf
-from support.command_lines import mistake, stopped_after
+from support.command_lines import mistake
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_ext.commands import trainer
 from lora_ext.commands.language_model import answer_scores
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
@@ -122,18 +121,6 @@ def test_formats(finetune, options, tmp_path, kind):
     ).metrics
     assert ("rouge_l" in metrics["test"]) == (kind != "texts")
     assert metrics["test"]["perplexity"] < metrics["before"]["perplexity"]
-
-
-def test_resuming_gives_what_not_stopping_gives(command, finetune, options, tmp_path, monkeypatch):
-    words = [*options, "--packing", "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "3"]
-    words += ["--per_device_train_batch_size", "2", "--ema_decay", "0.9", "--answers", "0"]
-    whole = finetune(*words, out="whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Clock", stopped_after(5))
-        assert command("finetune", *words, "--output_dir", tmp_path / "parts")[0] == 130
-    parts = finetune(*words, "--resume_from_checkpoint", "true", out="parts")
-    for name, value in whole.adapter.items():
-        assert torch.equal(value, parts.adapter[name]), name
 
 
 def test_a_gguf_file_is_a_model(command, finetune, options, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import safetensors.torch
@@ -124,16 +123,6 @@ def test_several_adapters_are_in_directories_by_name(tmp_path):
     load_adapter(again, tmp_path / "saved" / "style", adapter_name="style")
     for name, values in expected.items():
         assert torch.equal(answer(set_adapter(again, name)), values)
-
-
-def test_copies_save_themselves(tmp_path):
-    _, model = made("llama", tmp_path)
-    other = shaken(pickle.loads(pickle.dumps(copy.deepcopy(model))), by=0.3)
-    expected = answer(merge(other))
-    other.save_pretrained(tmp_path / "merged")
-    assert torch.equal(answer(loaded(model, tmp_path / "merged")), expected)
-    model.save_pretrained(tmp_path / "unmerged")
-    assert (tmp_path / "unmerged" / "adapter_model.safetensors").exists()
 
 
 def test_a_part_saves_itself_merged_or_without_adapters(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
-from lora_ext.adapters import add_weighted_adapter, disable_adapters, hotswap_adapter, prepare_hotswap, unload
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.adapters import add_weighted_adapter, hotswap_adapter, prepare_hotswap, unload
 from lora_ext.methods import apply_method, new_method, save_method
 
 pytestmark = [pytest.mark.cpu_only("one process with gloo"), pytest.mark.usefixtures("one_process")]
@@ -220,24 +219,6 @@ def test_methods_are_of_the_sizes_of_whole_parameters(name, monkeypatch):
     partition(managed, monkeypatch, engine=True)
     with pytest.raises(ValueError, match="apply_method: DeepSpeed's ZeRO-3 has partitioned the model"):
         apply_method(managed, new_method(name))
-
-
-@pytest.mark.parametrize("active", [["a", "b"], []], ids=str)
-def test_a_layer_asks_for_all_its_adapters_in_the_first_forward(active, monkeypatch):
-    """DeepSpeed records what a forward reads: a switch to other adapters ended in its "tracing error"."""
-    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens"]), "a")
-    tokens = {"embed_tokens": [3, 5]}
-    inject(model, LoraConfig(**LORA, target_modules=["q_proj"], trainable_token_indices=tokens), "b")
-    set_adapter(model, active or ["a"])
-    partition(model, monkeypatch, engine=True)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(model.parameters()), nullcontext() if active else disable_adapters(model):
-        model(token_ids())
-    layers = [module for module in model.modules() if hasattr(module, "adapters")]
-    assert len(layers) == 4  # two projections, the embedding, and its rows
-    for layer in layers:
-        assert layer._external_params.keys() >= {id(parameter) for parameter in layer.adapters.parameters()}
 
 
 def test_a_file_with_base_layers_is_refused(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from support.small_nets import TextNet
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
 from lora_ext.adapters import (
     adapter_status,
     delete_adapter,
@@ -45,10 +45,6 @@ def shaken(model: nn.Module) -> nn.Module:
             if isinstance(module, TokenRows):
                 module.rows.add_(torch.randn_like(module.rows))
     return model
-
-
-def rows_of(model: nn.Module) -> Tensor:
-    return model.model.embed_tokens.adapters.default.rows
 
 
 def ids_with_tokens() -> Tensor:
@@ -185,17 +181,6 @@ def test_copies_compute_the_same_and_stay_tied():
     assert not torch.allclose(logits(twin, ids), logits(model, ids))
     twin.load_state_dict(model.state_dict())
     assert torch.equal(logits(twin, ids), logits(model, ids))
-
-
-def test_merging_leaves_the_rows_alone():
-    model, ids = tuned(True), ids_with_tokens()
-    expected, weight = logits(model, ids), model.lm_head.inner_layer.weight.clone()
-    merge(model)
-    torch.testing.assert_close(logits(model, ids), expected)
-    assert same_bits(model.lm_head.inner_layer.weight, weight)
-    unmerge(model)
-    base = unload(model)
-    assert same_bits(base.lm_head.weight, weight) and type(base.model.embed_tokens) is nn.Embedding
 
 
 def test_an_average_of_models_has_the_same_tokens():
