@@ -210,18 +210,6 @@ def test_commands_have_the_options_shown():
             assert_takes(name, options)
 
 
-def test_make_has_the_targets_shown():
-    targets = re.findall(r"^([a-z][a-z- ]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    known = {target for line in targets for target in line.split()}
-    shown = {
-        target
-        for text in TEXTS.values()
-        for target in re.findall(r"`make ([a-z-]+)", text)
-        + [line.split()[1] for line in indented_lines(text) if line.startswith("make ")]
-    }
-    assert {"test", "finetune"} <= shown <= known
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 FOLDERS = "lora_ext|csrc|tests|benchmarks|examples|scripts|docs"

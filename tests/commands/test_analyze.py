@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -223,10 +222,3 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
     (out / "mine.txt").write_text("mine")
     assert main(["analyze", "--adapter", adapters[0], "--no-base", "--out", str(out), "--overwrite"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [*names[1:3], "mine.txt", "spectra.png"]
-
-
-def test_matplotlib_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["analyze", "--adapter", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "lora-ext analyze: error: this needs matplotlib: pip install" in said and "[report]" in said

@@ -57,14 +57,6 @@ def test_dropout_uses_the_op_and_follows_the_mode_of_the_module():
     assert torch.equal(actual, expected) and not torch.allclose(actual, theirs.base_model.model[0](x))
 
 
-def test_the_layer_still_looks_like_pefts():
-    theirs, ours = mlp_pair()
-    layer = ours.base_model.model[0]
-    assert isinstance(layer, peft.tuners.lora.Linear)
-    assert vars(layer).keys() == vars(theirs.base_model.model[0]).keys()
-    assert accelerate(ours) is ours and type(layer) is type(accelerate(ours).base_model.model[0])
-
-
 @needs("peft", "0.20", "PEFT itself recompiles")
 def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap

@@ -305,16 +305,3 @@ def test_every_op_does_what_it_does_on_the_cpu(op, dtype):
             found.append((op_table.op_named(op)(**given), given.get("y")))
     assert bool(gpu.calls[-1][1]) == (dtype.itemsize == 2 or "mask" in op)
     torch.testing.assert_close(*found, rtol=0, atol=200 * torch.finfo(dtype).eps if dtype.itemsize > 2 else 0.05)
-
-
-@pytest.mark.parametrize(
-    ("op", "wrong", "message"),
-    [
-        ("lora_linear", {"lora_A": torch.zeros(4, 23)}, "lora_A has in_features=23 but weight has 24"),
-        ("lora_linear", {"x": torch.zeros(2, 3, 24, dtype=BF16)}, "weight has dtype float32 but x has bfloat16"),
-        (OF_WEIGHTS, {"weights": [], "biases": []}, "weights has 0 entries"),
-    ],
-)
-def test_wrong_arguments_are_named(op, wrong, message):
-    with Emulated(), pytest.raises(RuntimeError, match=message):
-        op_table.op_named(op)(**good_call(op) | wrong)

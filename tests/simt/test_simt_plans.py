@@ -112,13 +112,6 @@ def test_few_tokens_of_siblings_take_one_wave(tokens, gpu):
     assert plan.launches[-1].blocks <= GPUS[gpu] * (2 if tokens <= 8 else 1)
 
 
-@pytest.mark.parametrize(("layers", "rows"), [([(4096, 16)], 32), ([(14336, 16)] * 2, 32), ([(1024, 16)], 32)])
-def test_few_tokens_of_other_layers_keep_small_blocks(layers, rows):
-    """Smaller blocks are better where larger ones save no wave."""
-    blocks = plan_forward(16, 4096, layers, base_layers=True).launches[-1].blocks
-    assert blocks == sum(-(-out_features // rows) for out_features, _ in layers)
-
-
 def test_a_plan_prints_itself():
     text = repr(_load.plan_forward(2048, 4096, Q_K_V, sms=58))
     assert text.startswith(
