@@ -22,7 +22,7 @@ from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from lora_ext.files.adapter_file import METHOD_FILE
 from lora_ext.files.contents import AdapterContents, open_adapter
 from lora_ext.files.reading import open_tensors, read_json
-from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
+from lora_ext.files.writing import new_directory, stream_tensors, write_json
 from lora_ext.merging.errors import Sample, kept_by
 from lora_ext.merging.rounding import Draws, LayerSeed, draws_for, stochastic_seed
 from lora_ext.merging.weights import merge_all_, pack_factors
@@ -88,7 +88,6 @@ def merge(
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     if stochastic is not None:
         _check_rounds_stochastically(changes, dtype)
-    check_new(out, "merge")
     table = {key: (change.dtype_as(dtype), change.shape) for key, change in changes.items()}
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in table.values())
     shards = {name: list(tensors) for name, tensors in checkpoint.shards.items()}
