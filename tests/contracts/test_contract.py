@@ -357,6 +357,8 @@ def test_factors_are_computed_in_every_call(kind, factor, compute):
             stored.append(getattr(adapter, f"{factor}_orig"))
     if compute == "parametrized":
         torch.testing.assert_close(model(x), plain(x))
+    if kind.rows_choose:
+        torch.testing.assert_close(model(x, adapter_names=["default"] * len(x)), model(x))
     for _ in range(2):  # a factor that is computed once has one backward
         model.zero_grad()
         model(x).square().sum().backward()
