@@ -24,7 +24,7 @@ help:
 	@echo 'make finetune-lm  the same for a language model, SmolLM2-135M, on conversations: answers before and after, in $(LM_OUT)'
 	@echo 'make finetune-vi  sentiments of UIT-VSFC, student feedback in Vietnamese (DATA=directory; MODEL=directory of PhoBERT), in $(VI_OUT)'
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
-	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
+	@echo 'make test-quick whether a change broke something, in a minute and a half on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
 	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common, csrc/bindings or $(EMULATOR)'
 	@echo 'make test-oldest  the tests next to the oldest releases of the dependencies that pyproject.toml takes (PYTEST_ARGS as above)'

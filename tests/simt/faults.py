@@ -52,8 +52,10 @@ CONSTANT = re.compile(
     r"|^\s*(?:const )?[\w:<>]+ \w+(?:\[[^\]]*\])+|\(&\w+\)(?:\[[^\]]*\])+|\.\w+ = 0\b"
 )
 CONTROL = re.compile(r"\s*(?:else\s+)?(?:(?:if|for|while)\s*\(|else\s)")
-# A call, an assignment, an increment or a jump; with two words at its begin it would be a declaration.
+# A call, an assignment, an increment or a jump; with two words at its begin it would be a declaration. Not the value
+# that a function returns: the compiler takes its end for unreachable.
 DROPPED = re.compile(
+    r"(?!return \()"
     r"(\*?[\w:]+(<[^;=()]*>)?(\[[^=]*?\]|\.\w+|->\w+)*\s*(\(|[-+*/&|^]?=|<<=|>>=)|\+\+\w+|--\w+|return$|continue|break)"
 )
 
