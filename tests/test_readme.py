@@ -216,7 +216,7 @@ FOLDERS = "lora_ext|csrc|tests|benchmarks|examples|scripts|docs"
 
 
 def test_files_named_exist():
-    """Without placeholders such as <card>."""
+    """A path with a part such as <card> stands for several files, and is not looked up."""
     path = re.compile(rf"(?<![\w/.])(?<!\]\()((?:{FOLDERS})/[\w./-]*\w)(?![\w<*]|/?[<*])")
     named = {(name, file) for name, text in TEXTS.items() for file in path.findall(text)}
     assert not [(name, file) for name, file in named if not (ROOT / file).exists()]

@@ -6,22 +6,19 @@ import copy
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from support.checkpoint_files import edit_config, edit_tensors
+from support.checkpoint_files import Change, edit_config, edit_tensors, put
 from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
 from torch import Tensor, nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, set_adapter
 from lora_ext.adapters import adapter_names, delete_adapter, merge_and_unload, rename_adapter, unload
-
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def test_rows_are_those_of_the_adapter_alone(base, root):
@@ -214,26 +211,22 @@ def test_unknown_names(base, root, tmp_path):
 A, B = "base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"
 
 
-def put(change: Callable[[Tensor], Tensor]) -> Change:
-    return lambda tensors: tensors | {A: change(tensors[A])}
-
-
 def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.cat([t] * 5, 0 if "lora_A" in key else 1) for key, t in tensors.items()}
 
 
-# What changes in a copy of n0, tensors and config, and what the error says.
+# By name: the changed tensors of a copy of n0, the changed values of its config, and words of the error.
 BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
     "rank": (wider, {"r": 5}, "rank of head: 5, above the pool's 4"),
     "another base": (
         lambda tensors: {key.replace("head", "classifier"): t for key, t in tensors.items()},
         *({}, f"unexpected key: {A.replace('head', 'classifier')}"),
     ),
-    "another size": (put(lambda t: t.repeat(1, 2)), {}, f"shape of {A}: [1, 12] in the file, [1, 6] in the model"),
+    "another size": (put(A, lambda t: t.repeat(1, 2)), {}, f"shape of {A}: [1, 12] in the file, [1, 6] in the model"),
     "half": (lambda tensors: {key: t for key, t in tensors.items() if key != A}, {}, f"missing key: {A}"),
     "layer": (lambda tensors: {key: t for key, t in tensors.items() if key not in (A, B)}, {}, f"missing key: {A}"),
     "not named": (dict, {"target_modules": ["up"]}, f"unexpected key: {A}"),
-    "integers": (put(lambda t: t.to(torch.int64)), {}, f"dtype of {A}: torch.int64"),
+    "integers": (put(A, lambda t: t.to(torch.int64)), {}, f"dtype of {A}: torch.int64"),
     **{
         option: (dict, {option: value}, f"{option}: a pool holds low-rank updates of linear layers")
         for option, value in {

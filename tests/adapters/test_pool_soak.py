@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.layers import with_threads
 from support.models import VOCABULARY, llama
 from torch import Tensor
 
@@ -130,10 +131,8 @@ def _usage() -> tuple[int, int]:
 
 @pytest.mark.full
 def test_threads_and_adapters_for_a_while(tmp_path):
-    soak, before = Soak(tmp_path, adapters=60, slots=34), torch.get_num_threads()
-    torch.set_num_threads(1)  # each
-    soak.run(float(os.environ.get("SOAK_SECONDS", 3)))
-    torch.set_num_threads(before)
+    soak = Soak(tmp_path, adapters=100, slots=40)
+    with_threads([1], lambda: soak.run(float(os.environ.get("SOAK_SECONDS", 3))))
     stats = soak.pool.stats()
     print(dict(soak.done), stats)
     assert not soak.errors

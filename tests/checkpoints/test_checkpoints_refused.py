@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoint_files import INDEX, SHARD, edit_config, edit_tensors, peft_adapter, save_checkpoint
+from support.checkpoint_files import INDEX, SHARD, Change, edit_config, edit_tensors, peft_adapter, put, save_checkpoint
 from support.models import bert, llama, refused, snapshot
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 DATA = WEIGHT.replace(".weight", "._weight_qdata")
 A, C, A_OF_WEIGHT = (f"base_model.model.{key}.weight" for key in ("a.lora_A", "a.lora_C", f"{WEIGHT[:-7]}.lora_A"))
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def two() -> nn.Module:
@@ -35,10 +33,6 @@ def stacks() -> nn.Module:
     for name in ("gate", "up"):
         setattr(model.experts, name, nn.Parameter(torch.randn(3, 10, 8)))
     return model
-
-
-def put(key: str, change: Callable[[Tensor], Tensor]) -> Change:
-    return lambda tensors: tensors | {key: change(tensors[key])}
 
 
 def only(*parts: str, named: str = "") -> Change:

@@ -121,9 +121,15 @@ def test_the_page_loads_nothing(page):
     """And runs nothing; the browser below shows that its policy forbids both."""
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len({*ids}) == 5
-    links = [value for _, attributes in page.elements for name, value in attributes.items() if name == "href"]
-    assert {*links} == {f"#{name}" for name in ids}
-    assert len(drawn(page)) > 500 and not {"script", "link", "iframe"} & ({*dict(page.elements)} | names(drawn(page)))
+    shapes = [shape for shape in drawn(page) if shape.tag.startswith("{http://www.w3.org/2000/svg}")]
+    assert len(shapes) > 500 and not {"script", "link", "iframe", "object"} & ({*dict(page.elements)} | names(shapes))
+    for attributes in (*(attributes for _, attributes in page.elements), *(shape.attrib for shape in shapes)):
+        for name, value in attributes.items():
+            assert not name.startswith("on") and "://" not in value, (name, value)
+            assert not name.endswith(("href", "src")) or value.startswith(("#", "data:image/")), (name, value[:40])
+    for text in (page.style, *(shape.text or "" for shape in shapes)):
+        assert "url(" not in text and "@import" not in text
+    assert {attributes.get("href", "#")[1:] for _, attributes in page.elements} == {"", *ids}
     (policy,) = [attributes["content"] for _, attributes in page.elements if attributes.get("http-equiv")]
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
     assert policy == (

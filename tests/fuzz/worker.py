@@ -25,7 +25,8 @@ POISON = 0xFE
 """Value of every byte of new memory; malloc_fill_byte sets it under a sanitizer."""
 _M_PERTURB = -6  # of malloc.h
 _ADDRESS_SPACE = 2 << 30  # bytes beyond python and torch; larger requests are refused
-# Of a case: processor time because other processes can delay this one, and time for a case that waits.
+# The limits of a case. Other processes can delay it, so what it computes is limited by the processor's time; the clock
+# ends a case that waits.
 _PROCESSOR_SECONDS, _CLOCK_SECONDS = 30, 120
 
 

@@ -69,7 +69,8 @@ def test_base_products(who):
     run_tests(tests, without=f"{OTHERS} or {WITHOUT_WEIGHT} or {OTHER_DTYPES}", LORA_EXT_BASE_PRODUCT=who)
 
 
-# Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares, and of lora_shrink.
+# Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares, and of lora_shrink; and a
+# sample of hundreds of groups, which takes half a second.
 OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta or siblings or bottleneck or hundreds)"
 
 # Dtypes of x whose product is PyTorch's in any case.

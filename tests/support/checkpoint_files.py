@@ -18,6 +18,8 @@ from support.models import shaken
 from support.peft_files import save_with_peft
 from torch import Tensor, nn
 
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Returns the tensors of a file as they are to be."""
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 EVERY_LAYER = {
@@ -93,7 +95,11 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
     return adapted
 
 
-def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def put(key: str, change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda tensors: tensors | {key: change(tensors[key])}
+
+
+def edit_tensors(directory: Path, change: Change) -> None:
     """Changes the tensors of an adapter on disk."""
     path = directory / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)

@@ -30,7 +30,7 @@ def dtypes_id(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     return f"{dtypes[0]}-{dtypes[1]}".replace("torch.", "")
 
 
-# Those of make test-quick.
+# The pairs that make test-quick tests; make test has all.
 QUICK = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),

@@ -379,8 +379,6 @@ SHARED: list[tuple[tuple[Callable[..., Any], ...], dict[str, Any], type[Exceptio
     (CHANGES, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
     ((DISABLE, adapters.unload), {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
     ((unmerge, adapters.unload), *NO_LAYER),
-    ((unmerge,), *NO_NAMES),
-    ((unmerge,), *NO_NAME),
     (OF_METHODS, {"model": Net()}, TypeError, "Net (model type None) is not supported; supported are Transformers' mo"),
     (
         (methods.remove_method, methods.save_method),
@@ -460,6 +458,8 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.prepare_hotswap, {"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2; choose at least 2"),
     (merge, {"model": merged}, RuntimeError, f"merge: adapters are already {MERGED}"),
     (merge, {"model": with_biases}, ValueError, "the lora_bias of 'blocks.0.up' would go into a bias that 'b' trains"),
+    (unmerge, *NO_NAMES),
+    (unmerge, *NO_NAME),
     (unmerge, {"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
     (unmerge, {"model": injected, "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
     (unmerge, {"model": lambda: parametrized(merged())}, RuntimeError, "unmerge: the weight of 'blocks.0.up' is not "),
