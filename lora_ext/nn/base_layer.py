@@ -7,8 +7,8 @@ result (:func:`own_copy`), so that hooks, replaced forwards and modules put in t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ _MAMBA2 += ("GraniteMoeHybridMambaLayer",)
 _ATTENTION_MAPS = ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap")
 _READ = {
     "dt_proj": _MAMBA,
+    "conv1d": (*_MAMBA, *_MAMBA2),
     "dense": ("MobileBertLMPredictionHead",),
     "k_proj": ("WavLMAttention", *_ATTENTION_MAPS),
     **dict.fromkeys(("q_proj", "v_proj", "out_proj"), ("WavLMAttention",)),
@@ -138,14 +139,26 @@ _READ_BY_KERNELS = {"x_proj": _MAMBA, "out_proj": (*_MAMBA, *_MAMBA2)}
 def why_bypassed(reader: nn.Module, name: str) -> str | None:
     """Returns why an adapter of the child ``name`` of ``reader`` would have no effect, or None if that is not known."""
     kind = type(reader).__name__
-    if kind not in _READ.get(name, ()) and not (kind in _READ_BY_KERNELS.get(name, ()) and _has_mamba_kernels()):
-        return None
-    return f"{kind} reads its weight without calling it, so that an adapter would have no effect; leave it out"
+    if kind in _READ.get(name, ()):
+        return f"{kind} reads its weight without calling it, so that an adapter would have no effect; leave it out"
+    if kind in _READ_BY_KERNELS.get(name, ()) and _may_run_mamba_kernels():
+        return (
+            f"{kind} passes its weight to kernels without calling it, so that an adapter would have no effect; leave "
+            "it out, or do without them: set USE_HUB_KERNELS=0 before the model is loaded, and uninstall mamba_ssm"
+        )
+    return None
 
 
-@functools.cache
-def _has_mamba_kernels() -> bool:
-    return any(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "kernels"))
+def _may_run_mamba_kernels() -> bool:
+    """Returns whether a package of Mamba's kernels may be used: they run on such devices only.
+
+    Transformers takes them from ``kernels`` by itself since 5.25, which installs it, unless the environment says no.
+    """
+    packages = ["mamba_ssm"]
+    if os.environ.get("USE_HUB_KERNELS", "1").upper() in ("1", "ON", "YES", "TRUE"):
+        packages.append("kernels")
+    has_device = torch.cuda.is_available() or torch.xpu.is_available()
+    return has_device and any(importlib.util.find_spec(name) is not None for name in packages)
 
 
 def why_weight_unusable(module: nn.Module, name: str = "weight", *, reads_values: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora_ext import LoraConfig, functional, inject
 from lora_ext.adapters import merge, merge_and_unload, unmerge
-from lora_ext.nn import LoraConv, LoraLayer, base_layer
+from lora_ext.nn import LoraConv, LoraLayer
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 
@@ -121,22 +121,37 @@ class MambaMixer(nn.Module):
         super().__init__()
         for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
             setattr(self, name, nn.Linear(6, 6))
+        self.conv1d = nn.Conv1d(6, 6, 3, groups=6)
 
 
-@pytest.mark.parametrize("has_kernels", [False, True])
-def test_layers_that_a_model_reads_without_calling_them(has_kernels, monkeypatch):
-    monkeypatch.setattr(base_layer, "_has_mamba_kernels", lambda: has_kernels)
-    read = ["dt_proj", *(["x_proj", "out_proj"] if has_kernels else [])]
-    for name in read:
+@pytest.mark.parametrize(
+    ("device", "package", "hub", "may_run"),
+    [
+        (True, "kernels", "yes", True),
+        (True, "kernels", "0", False),
+        (True, "mamba_ssm", "0", True),
+        (True, "others", "0", False),
+        (False, "mamba_ssm", "yes", False),
+    ],
+)
+def test_layers_that_a_model_reads_without_calling_them(device, package, hub, may_run, monkeypatch, tmp_path):
+    tmp_path.joinpath(f"{package}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("USE_HUB_KERNELS", hub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    whys = dict.fromkeys(("dt_proj", "conv1d"), ("reads its weight without calling it", "leave it out"))
+    if may_run:
+        whys |= dict.fromkeys(("x_proj", "out_proj"), ("passes its weight to kernels", "leave it out", "USE_HUB_K"))
+    for name, why in whys.items():
         for targets in ({"target_modules": [name]}, {"target_parameters": [f"{name}.weight"]}):
             model = nn.ModuleDict({"mixer": MambaMixer()})
-            with refused(model, TypeError, f"mixer.{name}", "MambaMixer reads its weight without calling it", "leave"):
+            with refused(model, TypeError, f"mixer.{name}", "MambaMixer", *why):
                 inject(model, LoraConfig(**targets))
-    left_out = sorted(f"mixer.{name}" for name in read)
+    left_out = sorted(f"mixer.{name}" for name in whys if name != "conv1d")
     with pytest.warns(UserWarning, match=re.escape(f"leaves out {left_out} of ModuleDict; name them in target_mod")):
         model = inject(nn.ModuleDict({"mixer": MambaMixer()}), LoraConfig(target_modules="all-linear"))
     adapted_layers = {name for name, child in model.mixer.named_children() if isinstance(child, LoraLayer)}
-    assert adapted_layers == {"in_proj", "x_proj", "dt_proj", "out_proj"} - set(read)
+    assert adapted_layers == {"in_proj", "x_proj", "dt_proj", "out_proj"} - whys.keys()
 
 
 def test_further_arguments_go_to_the_base_layer():
