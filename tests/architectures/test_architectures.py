@@ -54,7 +54,7 @@ def test_equal_to_peft(name, targets):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "merge_it"), cases([name for name in BY_NAME if name not in NOT_MERGED], [merge, merge_and_unload])
+    ("name", "merge_it"), list(cases([name for name in BY_NAME if name not in NOT_MERGED], [merge, merge_and_unload]))
 )
 def test_its_library_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
     architecture = BY_NAME[name]

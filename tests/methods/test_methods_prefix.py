@@ -187,8 +187,10 @@ def with_activations(model: PreTrainedModel, ids: Tensor, states: list[Tensor]) 
             return (torch.cat([prefix[None], args[0][:, number:]], 1), *args[1:])
 
         handles.append(layer.register_forward_pre_hook(replace))
+    mask = torch.ones_like(positions)[None]  # without one, Transformers takes a jump back for another packed text
+    inputs = dict(inputs_embeds=embeds[None], attention_mask=mask, position_ids=positions[None] + first)
     try:
-        return output_of(model, inputs_embeds=embeds[None], position_ids=positions[None] + first)[0, number:]
+        return output_of(model, **inputs)[0, number:]
     finally:
         for handle in handles:
             handle.remove()
