@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.merged_models import all_same, assert_restores, hard_model, refused, weights
+from support.merged_models import all_same, assert_restores, hard_model, weights
+from support.models import refused
 from support.processes import run_forked
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

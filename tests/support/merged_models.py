@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
-import pytest
 import torch
 from support.merging import hard_weight, same_bits, update_factors
 from torch import Tensor, nn
@@ -54,15 +52,6 @@ def merged_sets(model: nn.Module) -> list[tuple[str, ...]]:
 
 def all_same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(same_bits, a, b))
-
-
-@contextmanager
-def refused(model: nn.Module, error: type[BaseException], text: str) -> Iterator[None]:
-    """Checks that the body raises and does not change weights and merged sets."""
-    bits, sets = weights(model), merged_sets(model)
-    with pytest.raises(error, match=text):
-        yield
-    assert all_same(weights(model), bits) and merged_sets(model) == sets
 
 
 def assert_restores(model: nn.Module, pristine: list[torch.Tensor]) -> None:

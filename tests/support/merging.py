@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_ext.merging.weights import pack_factors
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.merging import same_bits
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from lora_ext import LoraConfig, inject, save_adapter
+from lora_ext.adapters import lora_modules
 
 _ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -110,8 +112,8 @@ def answer(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 def snapshot(subject: nn.Module | Path) -> dict[str, Any]:
     """Records everything that a refused operation must not change.
 
-    For a model: its modules, flags, values and names of attributes. For a directory: the files below it, and the
-    unfinished directories that a save has left.
+    For a model: its modules, flags, values, merged adapters and names of attributes. For a directory: the files below
+    it, and the unfinished directories that a save has left.
     """
     if isinstance(subject, Path):
         paths = [path for path in subject.rglob("*") if path.is_file() or path.suffix == ".unfinished"]
@@ -123,6 +125,7 @@ def snapshot(subject: nn.Module | Path) -> dict[str, Any]:
         "requires_grad": {path: p.requires_grad for path, p in model.named_parameters(remove_duplicate=False)},
         "parameters": {path: id(p) for path, p in model.named_parameters(remove_duplicate=False)},
         "values": {path: tensor.clone() for path, tensor in model.state_dict().items()},
+        "merged": {path: layer.merged_adapters for path, layer in lora_modules(model)},
         "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
     }
 
@@ -136,7 +139,7 @@ def assert_unchanged(subject: nn.Module | Path, before: dict[str, Any]) -> None:
     assert {k: v for k, v in after.items() if k != "values"} == {k: v for k, v in before.items() if k != "values"}
     assert values[0].keys() == values[1].keys()
     for path, tensor in values[0].items():
-        assert tensor.is_meta or torch.equal(tensor, values[1][path]), path
+        assert tensor.is_meta or same_bits(tensor, values[1][path]), path
 
 
 ALIVE = {"r": 2, "lora_alpha": 64, "init_lora_weights": False}
