@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import os
 import random
@@ -40,7 +41,7 @@ def no_cuda_reason() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: takes long; left out by --quick (make test-quick)")
+    config.addinivalue_line("markers", "full(but): left out by --quick, all but every but-th case")
     config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
     config.addinivalue_line("markers", "pairs: on the CPU without --slow, every pair of values, not the product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
@@ -81,14 +82,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    excess: list[pytest.Item] = []
-    if config.getoption("--quick"):
-        excess += [item for item in items if item.get_closest_marker("full")]
+    excess: set[pytest.Item] = set()
     if not config.getoption("--slow") and config.getoption("--device") == "cpu":  # GPU checks run all
-        excess += _beyond_pairs([item for item in items if item.get_closest_marker("pairs")])
-    config.hook.pytest_deselected(items=excess)
-    left_out = set(excess)
-    items[:] = _shuffled([item for item in items if item not in left_out], int(os.environ["TEST_ORDER"]))
+        excess.update(_beyond_pairs([item for item in items if item.get_closest_marker("pairs")]))
+    if config.getoption("--quick"):
+        excess.update(_beyond_quick([item for item in items if item not in excess]))
+    config.hook.pytest_deselected(items=list(excess))
+    items[:] = _shuffled([item for item in items if item not in excess], int(os.environ["TEST_ORDER"]))
 
 
 def _shuffled(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
@@ -114,6 +114,19 @@ def _beyond_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
         known = [numbers.setdefault((function, i), {}) for i in range(len(ids))]
         if sum(values.setdefault(name, len(values)) for values, name in zip(known, ids, strict=True)) % 2 == 1:
             found.append(item)
+    return found
+
+
+def _beyond_quick(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Returns the items marked full; of functions marked ``full(but=3)`` all but every third."""
+    numbers: collections.Counter[str] = collections.Counter()
+    found = []
+    for item in items:
+        if marker := item.get_closest_marker("full"):
+            function, but = item.nodeid.partition("[")[0], marker.kwargs.get("but")
+            numbers[function] += but is not None
+            if but is None or numbers[function] % but != 1:
+                found.append(item)
     return found
 
 

@@ -68,10 +68,7 @@ def test_python_of_the_readme(in_tmp_path):
     layers = dict(lora_modules(names["model"]))
     assert len(layers) == 12 and all(layer.is_merged for layer in layers.values())
     assert len(names["optimizer"].param_groups[0]["params"]) == 2 * 12 + 2
-    run(
-        f"{under_peft}\nfrom lora_ext.integrations.peft import report\nlayers = report(model).layers",
-        model=bare_model(),
-    )
+    assert all(entry.accelerated for entry in report(run(under_peft, model=bare_model())["model"]).layers)
 
 
 def test_python_of_many_adapters_md(in_tmp_path):

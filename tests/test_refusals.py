@@ -69,6 +69,7 @@ def made(value: Any, directory: Path) -> Any:
     return value(directory) if inspect.signature(value).parameters else value()
 
 
+@pytest.mark.full(but=2)
 @pytest.mark.parametrize(
     ("public", "changes", "error", "words"),
     ALL_REFUSED,

@@ -116,6 +116,7 @@ def test_copies_have_it(other):
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 def test_generate_with_left_padding(beams, cache):

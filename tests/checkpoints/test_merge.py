@@ -60,6 +60,7 @@ def block(request, monkeypatch) -> None:
     monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", request.param)
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.pairs
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

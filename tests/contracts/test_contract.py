@@ -22,6 +22,7 @@ from lora_ext.adapters import disable_adapters, lora_modules, merge_record_bytes
 pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
 
+@pytest.mark.full(but=2)
 @of_kinds(without=("dora", "peft experts"))  # a DoRA layer's norm counts as a constant in the backward, as in PEFT
 def test_gradients(kind):
     """Also gradients of gradients, forward mode, and gradients of several losses at once."""

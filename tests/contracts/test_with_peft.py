@@ -161,6 +161,7 @@ LIKE_OTHERS |= {f"{family} {how}" for family in ("qwen3", "deepseek_v3") for how
 LIKE_OTHERS |= {f"{name} with bias" for name in CONVOLUTIONS if name not in ("1d same", "2d", "3d", "2d grouped")}
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LIKE_OTHERS)) for n in CASES])
 def test_equal_to_peft(name):
     case = CASES[name]

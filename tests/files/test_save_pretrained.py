@@ -81,6 +81,7 @@ def test_a_merged_model_is_saved_as_its_base_model_is(case, tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("case", CASES)
 def test_an_unmerged_model_is_saved_as_peft_saves_it(case, tmp_path):
     base, model = made(case, tmp_path)

@@ -123,6 +123,7 @@ def train_a_little(model: nn.Module) -> None:
         optimizer.step()
 
 
+@pytest.mark.full(but=2)
 @pytest.mark.parametrize(("name", "family"), QUICK)
 def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
     """Trained parameters, the output before training, what training changes, files, and the bare model again."""

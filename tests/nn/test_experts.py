@@ -102,12 +102,8 @@ def test_a_module_that_reads_its_parameter_otherwise():
     assert not torch.allclose(found, layer.base_layer(x))
 
 
-class Computes(nn.Module):
+class Computes(Reads):
     """Uses parts of its parameter in other functions than products, and with operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 6, 6) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight

@@ -91,6 +91,7 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("op", HAVE_KERNELS)
 def test_the_op_and_its_fake_refuse_or_agree(op):
     refused = accepted = 0
@@ -146,9 +147,8 @@ def test_the_function_refuses_what_the_op_refuses(name, requires_grad):
             expected = refusal.partition(": ")[2]
             assert str(error.value) == f"{name}: {expected}" or (what, name) == ("bases: empty", "lora_delta_siblings")
         said = str(error.value)
-        assert isinstance(error.value, TypeError) == any(
-            w in said for w in (" has dtype ", " of type ", " is None, ")
-        ), what
+        of_types = any(words in said for words in (" has dtype ", " of type ", " is None, "))
+        assert isinstance(error.value, TypeError) == of_types, what
         argument = what.partition(":")[0].partition("[")[0]
         assert argument in said or what == "nine layers" or "group_of_row" in said, what
         assert all(map(torch.equal, tensors, before)), what
@@ -175,17 +175,10 @@ TEXTS = [
     ("lora_delta_", "x: longer in 0", r"x has shape \[3, 3, 24\] but y has \[2, 3, 20\]"),
     ("lora_delta_", "y: rows that are one", r"y has strides \[0, 20, 1\], want a contiguous tensor"),
     ("lora_linear_siblings", "weights[1]: float16", r"weights\[1\] has dtype float16 but x has float32"),
-    ("lora_linear_siblings", "lora_Bs[1]: shorter in 1", r"lora_Bs\[1\] has rank 2 but lora_As\[1\] has 3"),
     ("lora_linear_siblings", "biases: one less", "biases has 1 entries but weights has 2"),
-    ("lora_linear_siblings", "weights: empty", "weights has 0 entries, want 1 to 8"),
     ("lora_linear_siblings", "nine layers", "weights has 9 entries, want 1 to 8"),
-    ("lora_linear_siblings of bases", "bases[1]: float16", r"bases\[1\] has dtype float16 but x has float32"),
     ("lora_grouped_", "lora_Bs[0]: shorter in 0", r"lora_Bs\[0\] has 1 slots but lora_As\[0\] has 2"),
-    (
-        "lora_grouped_",
-        "lora_As[0]: one dimension less",
-        r"lora_Bs\[0\] has shape \[2, 20, 4\] but lora_As\[0\] has \[8",
-    ),
+    ("lora_grouped_", "lora_As[0]: one dimension less", r"lora_Bs\[0\] has shape \[2, 20, 4\] but lora_As\[0\] "),
     ("lora_grouped_", "lora_As: empty", "lora_As is empty, want at least one"),
     ("lora_grouped_", "group_of_row: int32", "group_of_row has dtype int32, want int64"),
     ("lora_grouped_", "scalings: shorter in 0", r"scalings has shape \[1\], want \[2\]: a number for each group"),
@@ -205,11 +198,6 @@ TEXTS = [
     ("lora_shrink_backward", "base: longer in 1", "base has 8 tokens but x has 6"),
     ("lora_shrink_backward", "output_mask: (True, True, True)", "output_mask has 3 entries, want 2"),
     # Weights of [5, 300] and [3, 20], rank 2.
-    ("lora_merge_", "weights: empty", "weights is empty, want at least one"),
-    ("lora_merge_", "lora_As: one less", "lora_As has 1 entries but weights has 2"),
-    ("lora_merge_", "weights[1]: float16", r"weights\[1\] has dtype float16 but weights\[0\] has float32"),
-    ("lora_merge_", "weights[0]: int32", r"weights\[0\] has dtype int32, want one of"),
-    ("lora_merge_", "lora_As[0]: float64", r"lora_As\[0\] has dtype float64, want the accumulation dtype float32"),
     ("lora_merge_", "weights[1]: shorter in 1", r"lora_As\[1\] has in_features=20 but weights\[1\] has 19"),
     ("lora_merge_", "lora_Bs[1]: longer in 0", r"lora_Bs\[1\] has out_features=4 but weights\[1\] has 3"),
     ("lora_merge_", "weights[0]: every other element", r"weights\[0\] has column stride 2, want 1"),
@@ -218,8 +206,6 @@ TEXTS = [
     ("lora_unmerge_ with draws", "seeds: empty", "seeds has 0 entries"),
     ("lora_merge_record_", "weights[0]: rows that are one", r"weights\[0\] has row stride 0 but 300 columns"),
     ("lora_unmerge_", "words[0]: turned", r"words\[0\] must be int16 \[5, 2\], contiguous"),
-    ("lora_unmerge_", "words[1]: int32", r"words\[1\] must be int16 \[3, 1\], contiguous"),
-    ("lora_unmerge_", "corrections: one less", "corrections has 1 entries but weights has 2"),
     ("lora_unmerge_", "words: empty", "words has 0 entries but corrections has 2"),
     ("lora_unmerge_", "corrections[0]: int32", r"corrections\[0\] must be an int16 vector"),
 ]
@@ -240,9 +226,7 @@ def test_numbers_and_lists_of_other_forms():
     with pytest.raises(TypeError, match="^lora_linear_siblings: scalings is 0.5 of type float, want a list of numbers"):
         functional.lora_linear_siblings(**call | {"scalings": 0.5})
     call = op_table.grouped().call
-    with pytest.raises(
-        ValueError, match=r"^lora_grouped_: scalings has shape \[1\], want \[4\]: a number for each gro"
-    ):
+    with pytest.raises(ValueError, match=r"^lora_grouped_: scalings has shape \[1\], want \[4\]: a number for each"):
         functional.lora_grouped_(**call | {"scalings": [1.0]})
 
 

@@ -59,6 +59,7 @@ def test_what_is_not_finite_stays_in_its_row():
     assert torch.equal(y[others], expected[others]) and not y[3].isfinite().any()
 
 
+@pytest.mark.full(but=2)
 @has_kernel
 @pytest.mark.parametrize("num_tokens", [5, 33])
 def test_many_groups_and_wide_layers(num_tokens):

@@ -41,6 +41,7 @@ each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 trains_or_not = pytest.mark.parametrize("trains", [False, True])
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)

@@ -81,6 +81,7 @@ def case(request) -> Case:
     return request.param()
 
 
+@pytest.mark.full(but=3)
 def test_first_derivatives_of_every_mode(case):
     assert gradcheck(
         case.ours, case.leaves(), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True

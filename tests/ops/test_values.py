@@ -72,6 +72,7 @@ def amid_nan(sample: Sample) -> Sample:
     return sample.mapped(placed)
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.pairs
 @pytest.mark.usefixtures("_poisoned")
 @with_dropout
@@ -211,6 +212,7 @@ VIEWS = LAYOUTS | {
 }
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("tokens", [1, 2, 30, 80])
 @each_op
@@ -256,6 +258,7 @@ def saved_beside(op: Op, sample: Sample, names: list) -> list[tuple[int, ...]]:
     return kept
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize("name", OPS)
 def test_only_wanted_gradients_are_computed_and_kept(name):
     op = OPS[name]

@@ -104,13 +104,15 @@ def test_no_argument_is_forgotten(name):
     getattr(functional, name)(**good_calls()[name])
 
 
-def test_numbers_of_other_kinds():
+def test_numbers_of_other_types():
     call = good_calls()["lora_linear"] | {"scaling": 0.5}
     expected = functional.lora_linear(**call)
     for scaling in (np.float64(0.5), np.float32(0.5), torch.tensor(0.5)):
         assert torch.equal(functional.lora_linear(**call | {"scaling": scaling}), expected)
     with pytest.raises(ValueError, match="^lora_linear: scaling is 1000.*, want a finite number"):
         functional.lora_linear(**call | {"scaling": 10**400})
+    with pytest.raises(TypeError, match="lora_grouped_: scalings is of type bytes, want a torch.Tensor or a list"):
+        functional.lora_grouped_(**good_calls()["lora_grouped_"] | {"scalings": b"\x01"})
 
 
 class Named(Tensor):
@@ -123,9 +125,3 @@ def test_subclasses_go_on_working():
     for name in ("x", "weight", "lora_A"):
         result = functional.lora_linear(**call | {name: call[name].as_subclass(Named)})
         assert isinstance(result, Named) and torch.equal(result.as_subclass(Tensor), expected)
-
-
-def test_bytes_are_no_list_of_numbers():
-    call = good_calls()["lora_grouped_"] | {"scalings": b"\x01"}
-    with pytest.raises(TypeError, match="lora_grouped_: scalings is of type bytes, want a torch.Tensor or a list"):
-        functional.lora_grouped_(**call)

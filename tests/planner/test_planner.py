@@ -70,6 +70,7 @@ def batch_for(family: str) -> dict[str, torch.Tensor]:
 # --- one step, against the real one -----------------------------------------------------------------------------------
 
 
+@pytest.mark.full(but=3)
 @pytest.mark.parametrize(
     ("family", "method", "dtype"), [*((*pair, "float32") for pair in PAIRS), ("llama", "lora", "bfloat16")]
 )
