@@ -208,11 +208,9 @@ def test_shrink_and_expand_of_misaligned_tensors(name, shape, dtypes):
     """They add to tensors that they do not write."""
     tokens, features, rank = shape
     make = partial(getattr(op_table, name.removeprefix("lora_")), size=(tokens, features, features, rank))
-    check(
-        name,
-        changed(make, misaligned if name == "lora_shrink" else LAYOUTS["unaligned"], ("x", "base", "bias")),
-        dtypes,
-    )
+    change = misaligned if name == "lora_shrink" else LAYOUTS["unaligned"]
+    for names in [("x",)] if name == "lora_shrink" else [("base",), ("bias",)]:
+        check(name, changed(make, change, names), dtypes)
 
 
 @pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
